@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+// Fake-quantization on an integer grid: the whole mathematics of the op family, element by element.
+//
+//   u = x / s   or   x * (1/s)           s = max(scale, eps), NaN stays
+//   r = round(u) + z   or   round(u + z)
+//   q = clamp(r, qmin, qmax)             y = (q - z) * s
+//
+// Derivatives follow the straight-through rule with the mask m and the residual frozen:
+//   dy/dx = m       dy/ds = (q - z) - m u       dy/dz = -(1 - m) s
+//
+// No branch depends on data and none of the options costs more than an addition of zero: -0 is the neutral element of
+// IEEE addition, so an absent term is added as -0.
+#pragma once
+
+#include <cstdint>
+
+#include "macros.h"
+#include "round.h"
+#include "rules.h"
+
+namespace fastflat {
+
+// What one scale group shares.
+template <class C>
+struct QuantGroup {
+  C s;      // scale, held at eps from below
+  C inv;    // 1 / s
+  C z_in;   // added before rounding
+  C z_out;  // added after rounding
+  C z;      // zero-point as the code of 0
+};
+
+template <class C>
+struct IntegerGrid {
+  C qmin, qmax;
+  C eps;
+  C overflow;    // code of r >= 2^63
+  C not_number;  // code of NaN
+  C zero_fix;    // +0 turns -0 into +0; -0 changes nothing
+  C factor;      // of the gradients of scale and zero-point
+  bool reciprocal, zero_inside, zero_float, mask_after, mask_none;
+
+  FASTFLAT_HD static IntegerGrid make(int64_t qmin, int64_t qmax, double eps, double factor, int64_t rules) {
+    IntegerGrid grid;
+    grid.qmin = static_cast<C>(qmin);
+    grid.qmax = static_cast<C>(qmax);
+    grid.eps = static_cast<C>(eps);
+    grid.factor = static_cast<C>(factor);
+    const C zero = 0;
+    grid.overflow = (rules & rules::inf_qmin) ? grid.qmin : grid.qmax;
+    grid.not_number = (rules & rules::nan_qmin) ? grid.qmin : zero / zero;
+    grid.zero_fix = (rules & rules::positive_zero) ? zero : -zero;
+    grid.reciprocal = rules & rules::reciprocal;
+    grid.zero_inside = rules & rules::zero_inside;
+    grid.zero_float = rules & rules::zero_float;
+    grid.mask_after = rules & rules::mask_after;
+    grid.mask_none = rules & rules::mask_none;
+    return grid;
+  }
+
+  FASTFLAT_HD QuantGroup<C> group(C scale) const {
+    QuantGroup<C> g;
+    g.s = scale < eps ? eps : scale;
+    g.inv = C(1) / g.s;
+    g.z_in = -C(0);
+    g.z_out = -C(0);
+    g.z = C(0);
+    return g;
+  }
+
+  FASTFLAT_HD QuantGroup<C> group(C scale, C zero_point) const {
+    QuantGroup<C> g = group(scale);
+    const C rounded = round_even(zero_point);
+    const C lifted = rounded < qmin ? qmin : rounded;
+    const C code = lifted > qmax ? qmax : lifted;
+    g.z = (zero_float ? zero_point : code) + C(0);
+    g.z_in = zero_inside ? g.z : -C(0);
+    g.z_out = zero_inside ? -C(0) : g.z;
+    return g;
+  }
+
+  struct Code {
+    C u;     // x in units of the scale
+    C d;     // q - z
+    bool m;  // whether the gradient passes
+  };
+
+  FASTFLAT_HD Code code(C x, const QuantGroup<C>& g) const {
+    Code c;
+    c.u = reciprocal ? x * g.inv : x / g.s;
+    const C v = c.u + g.z_in;
+    const C r = round_even(v) + g.z_out;
+    const C lifted = r > qmin ? r : qmin;
+    const C clamped = lifted < qmax ? lifted : qmax;
+    const C beyond = r == r ? overflow : not_number;
+    const C q = r < C(9223372036854775808.0) ? clamped : beyond;
+    const C tested = mask_after ? r : v + g.z_out;
+    c.d = (q - g.z) + zero_fix;
+    c.m = mask_none | ((tested >= qmin) & (tested <= qmax));
+    return c;
+  }
+
+  // y
+  FASTFLAT_HD C forward(C x, const QuantGroup<C>& g) const { return code(x, g).d * g.s; }
+
+  struct Gradient {
+    C x;         // dL/dx
+    C scale;     // this element's share of dL/ds
+    C outside;   // this element's share of sum((1 - m) dL/dy); dL/dz = -s times the sum
+  };
+
+  FASTFLAT_HD Gradient backward(C gy, C x, const QuantGroup<C>& g) const {
+    const Code c = code(x, g);
+    return {c.m ? gy : C(0), gy * (c.m ? c.d - c.u : c.d), c.m ? C(0) : gy};
+  }
+
+  // Group sums of Gradient::scale and ::outside to the gradients of scale and zero-point.
+  FASTFLAT_HD C scale_gradient(C sum) const { return sum * factor; }
+  FASTFLAT_HD C zero_gradient(C sum, const QuantGroup<C>& g) const { return -(g.s * (sum * factor)); }
+
+  // The tangent of y: the transpose of backward, factor included. Absent tangents are passed as 0.
+  FASTFLAT_HD C tangent(C tx, C ts, C tz, C x, const QuantGroup<C>& g) const {
+    const Code c = code(x, g);
+    const C through = c.m ? tx : C(0);
+    const C by_scale = (c.m ? c.d - c.u : c.d) * (ts * factor);
+    const C by_zero = c.m ? C(0) : g.s * (tz * factor);
+    return (through + by_scale) - by_zero;
+  }
+};
+
+// Scale of the dynamic form: the largest magnitude of the group lands on the highest code. NaN in the group wins.
+template <class C>
+FASTFLAT_HD C larger_magnitude(C a, C b) {
+  return a > b || a != a ? a : b;
+}
+template <class C>
+FASTFLAT_HD C absmax_scale(C absmax, C qmax) {
+  return absmax / (qmax < C(1) ? C(1) : qmax);
+}
+
+}  // namespace fastflat

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quantizer does, as one frozen value: :class:`QuantSpec`.
+
+It lives below the op layer because every layer above reads it; users import it from ``fastflat`` or ``fastflat.quant``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+#: Bits of the ``rules`` argument of the raw ops. ``csrc/math/rules.h`` holds the same table; a test compares them.
+RULES = {
+    "reciprocal": 1,
+    "zero_inside": 2,
+    "zero_float": 4,
+    "mask_after": 8,
+    "mask_none": 16,
+    "nan_qmin": 32,
+    "inf_qmin": 64,
+    "positive_zero": 128,
+}
+
+_CHOICES = {
+    "format": ("int",),
+    "rounding": ("even",),
+    "arithmetic": ("divide", "reciprocal"),
+    "zero": ("outside", "inside", "float"),
+    "mask": ("before", "after", "none"),
+    "nan": ("propagate", "qmin"),
+    "inf": ("saturate", "qmin"),
+    "scale_is": ("s",),
+    "compute": ("fp32",),
+    "estimator": ("ste", "lsq"),
+    "noise": ("none",),
+}
+
+#: The smallest normal fp32 number: kernels hold a scale at this value from below, so that 1/s stays finite.
+TINY = 2.0**-126
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """One quantizer, completely described. Frozen, hashable, and a plain ``dict`` by :meth:`to_dict`.
+
+    The rule, element by element, with ``s = max(scale, eps)`` (NaN stays) and ``z`` the zero-point (0 when absent)::
+
+        u = x / s                        arithmetic="divide"      (IEEE division)
+        u = x * (1 / s)                  arithmetic="reciprocal"
+        r = round(u) + z                 zero="outside", z rounded to even and clamped to the grid
+        r = round(u + z)                 zero="inside",  z rounded to even and clamped to the grid
+        r = round(u + z)                 zero="float",   z as it is
+        q = clamp(r, qmin, qmax)         NaN and codes of 2**63 and more: by `nan` and `inf`
+        y = (q - z) * s                  signed_zero=False turns a -0 of (q - z) into +0
+
+    Ties go to the even neighbour. The grid is ``[-2**(bits-1), 2**(bits-1)-1]`` when signed, ``[0, 2**bits-1]`` when
+    not; ``narrow`` drops its lowest (signed) or highest (unsigned) code.
+
+    Attributes:
+        bits: width of the grid, 1 to 16.
+        format: number format of the grid; ``"int"``.
+        signed, narrow: which integers the grid holds, see above.
+        symmetric: no zero-point. ``False`` allows one.
+        axis: channel axis of ``scale`` (negative counts from the end); ``None`` means one scale for the tensor.
+        group: size of contiguous blocks along the last axis, one scale each; excludes ``axis``.
+        rounding: ``"even"``.
+        arithmetic, zero, nan, inf, signed_zero: see the rule.
+        mask: which elements pass their gradient: ``"before"`` those whose unrounded code ``u + z`` lies on
+            ``[qmin, qmax]`` (LSQ paper), ``"after"`` those whose rounded code does (PyTorch), ``"none"`` all.
+        grad_scale: factor of the gradient of scale and zero-point: ``"none"`` 1, ``"lsq"`` 1/sqrt(numel*max(qmax,1)),
+            ``"lsq_channel"`` the same with the elements that share one scale, or a number.
+        scale_is: what the scale tensor holds; ``"s"``.
+        eps: lower bound of the scale inside the kernels.
+        compute: ``"fp32"``: arithmetic in fp32 (fp64 for fp64 input) whatever the storage type.
+        estimator: ``"lsq"`` trains scale and zero-point; ``"ste"`` treats them as constants.
+        noise: ``"none"``.
+    """
+
+    bits: int = 8
+    format: str = "int"
+    signed: bool = True
+    narrow: bool = False
+    symmetric: bool = True
+    axis: int | None = None
+    group: int | None = None
+    rounding: str = "even"
+    arithmetic: str = "divide"
+    zero: str = "outside"
+    mask: str = "before"
+    nan: str = "propagate"
+    inf: str = "saturate"
+    signed_zero: bool = True
+    grad_scale: str | float = "none"
+    scale_is: str = "s"
+    eps: float = TINY
+    compute: str = "fp32"
+    estimator: str = "ste"
+    noise: str = "none"
+
+    def __post_init__(self) -> None:
+        def fail(field: str, want: str, hint: str = "") -> None:
+            raise ValueError(f"QuantSpec: {field} must be {want}, got {getattr(self, field)!r}{hint}")
+
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                fail(field, "one of " + ", ".join(map(repr, choices)))
+        if not _is_int(self.bits) or not 1 <= self.bits <= 16:
+            fail("bits", "an integer from 1 to 16")
+        for field in ("signed", "narrow", "symmetric", "signed_zero"):
+            if not isinstance(getattr(self, field), bool):
+                fail(field, "True or False")
+        if self.narrow and self.bits == 1:
+            fail("narrow", "False with bits=1", ": a single code would be left")
+        if self.axis is not None and not _is_int(self.axis):
+            fail("axis", "None or an integer")
+        if self.group is not None and (not _is_int(self.group) or self.group < 1):
+            fail("group", "None or a positive integer")
+        if self.group is not None and self.axis is not None:
+            fail("group", "None when axis is given", ": groups run along the last axis and have a scale each")
+        if isinstance(self.grad_scale, str):
+            if self.grad_scale not in ("none", "lsq", "lsq_channel"):
+                fail("grad_scale", "'none', 'lsq', 'lsq_channel' or a number")
+        elif isinstance(self.grad_scale, bool) or not isinstance(self.grad_scale, (int, float)):
+            fail("grad_scale", "'none', 'lsq', 'lsq_channel' or a number")
+        elif not math.isfinite(self.grad_scale):
+            fail("grad_scale", "finite")
+        if self.estimator == "ste" and self.grad_scale != "none":
+            fail("grad_scale", "'none' with estimator='ste'", ": its scale is a constant; estimator='lsq' trains it")
+        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not TINY <= self.eps < math.inf:
+            fail("eps", "a number of at least 2**-126 (1/scale must stay finite)")
+        if self.symmetric and self.zero != "outside":
+            fail("zero", "'outside' when symmetric=True", ": a symmetric grid has no zero-point; pass symmetric=False")
+
+    # Named forms ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def lsq(cls, bits: int = 4, signed: bool = True, axis: int | None = None, **changes: Any) -> QuantSpec:
+        """Learned step size as in the paper (Esser et al., ICLR 2020, eq. 1-5): ``y = round(clamp(x/s)) s``, mask
+        before rounding, scale gradient times ``1/sqrt(numel*qmax)``. LSQ+ (Bhalgat et al., 2020) is
+        ``lsq(symmetric=False, zero="float")``: its offset is ``-z*s``."""
+        form = {"estimator": "lsq", "grad_scale": "lsq", "bits": bits, "signed": signed, "axis": axis}
+        return cls(**{**form, **changes})
+
+    @classmethod
+    def torch(cls, bits: int = 8, signed: bool = True, axis: int | None = None, **changes: Any) -> QuantSpec:
+        """The numbers of ``torch.fake_quantize_per_tensor_affine`` (axis None) and ``..._per_channel_affine``, bit for
+        bit in fp32: multiplication by ``1/s``, mask after rounding, NaN to qmin, no -0. Where the per-channel operator
+        overflows its 64-bit code (x/s of 2**63 and more, +inf) the result is qmin, here too. With ``estimator="lsq"``
+        it follows ``torch._fake_quantize_learnable_*`` for integer zero-points."""
+        form = {
+            "arithmetic": "reciprocal",
+            "mask": "after",
+            "nan": "qmin",
+            "inf": "saturate" if axis is None else "qmin",
+            "signed_zero": False,
+            "symmetric": False,
+            "bits": bits,
+            "signed": signed,
+            "axis": axis,
+        }
+        return cls(**{**form, **changes})
+
+    def replace(self, **changes: Any) -> QuantSpec:
+        """A copy with some fields changed; the result is checked like a new spec."""
+        unknown = set(changes) - {f.name for f in dataclasses.fields(self)}
+        if unknown:
+            raise TypeError(f"QuantSpec.replace: no field {', '.join(sorted(unknown))}")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values; :meth:`from_dict` gives the same spec back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantSpec:
+        """The spec that :meth:`to_dict` described; unknown fields are refused."""
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"QuantSpec.from_dict: unknown field {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    # Derived values ---------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def qmin(self) -> int:
+        """Lowest code of the grid."""
+        return -(1 << (self.bits - 1)) + int(self.narrow) if self.signed else 0
+
+    @functools.cached_property
+    def qmax(self) -> int:
+        """Highest code of the grid."""
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1 - int(self.narrow)
+
+    @functools.cached_property
+    def rules(self) -> int:
+        """The rule as the bit set that the raw ops take (:data:`RULES`)."""
+        chosen = (
+            ("reciprocal", self.arithmetic == "reciprocal"),
+            ("zero_inside", self.zero in ("inside", "float")),
+            ("zero_float", self.zero == "float"),
+            ("mask_after", self.mask == "after"),
+            ("mask_none", self.mask == "none"),
+            ("nan_qmin", self.nan == "qmin"),
+            ("inf_qmin", self.inf == "qmin"),
+            ("positive_zero", not self.signed_zero),
+        )
+        return sum(RULES[name] for name, on in chosen if on)
+
+    def grad_factor(self, numel: int, scales: int) -> float:
+        """Factor of the gradients of scale and zero-point for `numel` elements that share `scales` scales."""
+        if not isinstance(self.grad_scale, str):
+            return float(self.grad_scale)
+        if self.grad_scale == "none" or numel == 0:
+            return 1.0
+        shared = numel if self.grad_scale == "lsq" else numel / scales
+        return 1.0 / math.sqrt(shared * max(self.qmax, 1))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
