@@ -169,6 +169,11 @@ def overload(name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def implement(name: str, kernel: Callable, key: str) -> None:
+    """Register a Python kernel of a raw op for a dispatch key."""
+    _library.impl(name, kernel, key)
+
+
 def _guard(name: str) -> Callable:
     """Kernel of the Autograd keys: a raw op that would lose a derivative raises instead."""
     op = overload(name)
@@ -197,7 +202,7 @@ def _define() -> None:
     for op in OPS.values():
         _library.define(op.name + op.schema)
         torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=_library)
-        _library.impl(op.name, _guard(op.name), "Autograd")
+        implement(op.name, _guard(op.name), "Autograd")
 
 
 _define()

@@ -181,6 +181,14 @@ class QuantSpec:
             raise ValueError(f"QuantSpec.from_dict: unknown field {', '.join(sorted(unknown))}")
         return cls(**values)
 
+    @functools.cached_property
+    def _plans(self) -> dict:
+        """Checked calls by their metadata (fastflat.functional); no part of the value."""
+        return {}
+
+    def __reduce__(self) -> tuple:
+        return (QuantSpec.from_dict, (self.to_dict(),))
+
     # Derived values ---------------------------------------------------------------------------------------------
 
     @functools.cached_property

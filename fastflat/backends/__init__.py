@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who computes an op: ``reference`` | ``cpu`` | ``cuda`` | ``triton``, and why.
+
+CPU tensors take ``cpu``, CUDA tensors ``cuda``, else ``triton``; where the fast part is missing a call works through
+``reference`` with one warning, or raises under ``FASTFLAT_STRICT=1``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import torch
+
+from fastflat import _load, _ops
+from fastflat.backends import reference, triton
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+#: Preference by device type; any other device computes with ``reference``.
+_ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+_forced: str | None = None
+
+
+class FallbackWarning(UserWarning):
+    """A compiled part is missing and the reference computes in its place."""
+
+
+def unavailable(name: str, device: str) -> str | None:
+    """Why backend `name` cannot compute on tensors of `device`, or None when it can."""
+    if name == "reference":
+        return None
+    if name == "triton":
+        return triton.unavailable(device)
+    if device != name:
+        return f"backend {name!r} computes on {name} tensors only"
+    part = _load.status()[name]
+    return None if part.loaded else f"{part.reason}; {part.remedy}"
+
+
+def backends() -> dict[str, str]:
+    """Every backend with ``"available"`` or the reason why it is not, for its own kind of tensor."""
+    device = {"reference": "cpu", "cpu": "cpu", "cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+    return {name: unavailable(name, device[name]) or "available" for name in BACKENDS}
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Compute with one backend inside the ``with`` block; an op it cannot compute there raises.
+
+    Holds for the process. Backward passes run on the backend that ran their forward.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"fastflat.backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    global _forced
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def choose(op: str, device: str) -> tuple[str, str]:
+    """The backend that computes `op` on tensors of `device`, and the reason in words."""
+    _ops.OPS[op]
+    name, reason = _choose(device, _forced)
+    return name, reason
+
+
+def kernels(device: str) -> SimpleNamespace:
+    """The raw ops as callables for tensors of `device`, by the backend in force, one attribute each."""
+    return _kernels(device, _forced)
+
+
+@functools.lru_cache(maxsize=None)
+def _choose(device: str, forced: str | None) -> tuple[str, str]:
+    if forced is not None:
+        reason = unavailable(forced, device)
+        if reason:
+            raise RuntimeError(f"fastflat: backend {forced!r} cannot compute on {device} tensors: {reason}")
+        return forced, "asked for by fastflat.backend()"
+    missing = []
+    for name in _ORDER.get(device, ()):
+        reason = unavailable(name, device)
+        if reason is None:
+            return name, "; ".join(missing) or f"first choice for {device} tensors"
+        missing.append(f"no {name}: {reason}")
+    if not missing:
+        return "reference", f"no compiled kernels exist for {device} tensors"
+    message = f"fastflat: {device} tensors are computed by the slow reference ({'; '.join(missing)})"
+    if os.environ.get("FASTFLAT_STRICT") == "1":
+        raise RuntimeError(message + "; FASTFLAT_STRICT=1 forbids it")
+    warnings.warn(message, FallbackWarning, stacklevel=2)
+    return "reference", "; ".join(missing)
+
+
+@functools.lru_cache(maxsize=None)
+def _kernels(device: str, forced: str | None) -> SimpleNamespace:
+    name, _ = _choose(device, forced)
+    modules = {"reference": reference, "triton": triton}
+    get: Callable = _ops.overload if name in ("cpu", "cuda") else functools.partial(getattr, modules[name])
+    return SimpleNamespace(backend=name, **{op: get(op) for op in _ops.OPS})
+
+
+def _register_fallbacks() -> None:
+    """The reference under every raw op, so that torch.ops.fastflat works on any device and in any build."""
+    for op in _ops.OPS:
+        _ops.implement(op, getattr(reference, op), "CompositeExplicitAutograd")
+
+
+_register_fallbacks()
