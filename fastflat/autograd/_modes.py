@@ -13,3 +13,7 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 def transformed() -> bool:
     """Whether a torch.func transform, batched backward or forward-mode level is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+#: Whether a tensor is a batch of cotangents under torch.autograd.grad(..., is_grads_batched=True).
+is_batched_cotangent = torch._C._functorch.is_legacy_batchedtensor

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastflat.autograd import _batching
-from fastflat.autograd._modes import below_autograd, transformed
+from fastflat.autograd._modes import below_autograd, is_batched_cotangent, transformed
 
 
 class Plan(NamedTuple):
@@ -96,7 +96,9 @@ class Gradient(Function):
 
     @staticmethod
     def forward(gy, x, scale, zero_point, plan):
-        return plan.kernels.fake_quantize_bwd(gy, x, scale, zero_point, *plan.grid, plan.factor, plan.trains_scale)
+        return _backward_kernel(gy, plan)(
+            gy, x, scale, zero_point, *plan.grid, plan.factor, plan.trains_scale
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -315,7 +317,14 @@ def _gradient(gy, x, scale, zero_point, plan):
     if torch.is_grad_enabled() or transformed():
         return Gradient.apply(gy, x, scale, zero_point, plan)
     with below_autograd():
-        return plan.kernels.fake_quantize_bwd(gy, x, scale, zero_point, *plan.grid, plan.factor, plan.trains_scale)
+        return _backward_kernel(gy, plan)(
+            gy, x, scale, zero_point, *plan.grid, plan.factor, plan.trains_scale
+        )
+
+
+def _backward_kernel(gy, plan):
+    """The backward op; batches of is_grads_batched=True consult no vmap rule and are taken apart by the dispatcher."""
+    return torch.ops.fastflat.fake_quantize_bwd if is_batched_cotangent(gy) else plan.kernels.fake_quantize_bwd
 
 
 def _present(plan, zero_point, gx, gs, gz):
