@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` do everything from a fresh clone: environment, dependencies, build. Variables:
+#   PYTHON   python of 3.10 or later for .venv          make test PYTHON=python3.12
+#   TORCH    what pip installs as torch                 make test TORCH="torch==2.13.0 --index-url <your index>"
+#   EXTRAS   extras of pyproject.toml that .venv gets
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+EXTRAS ?= demo,bench,test
+VENV ?= .venv
+ARGS ?=
+
+# `make matrix`: the second Python and the second torch under which the same libraries must pass.
+PYTHON2 ?= python3.12
+TORCH2 ?= torch==2.14.1
+VENV2 ?= .venv-matrix
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help build test lint format bench wheel demo gpu matrix audit clean
+
+help:
+	@echo "make demo    train a 4-bit network on this machine, from a fresh clone"
+	@echo "make test    the whole test suite, from a fresh clone         ARGS='tests/ops -k absmax' narrows it"
+	@echo "make build   compile the libraries that this machine can build"
+	@echo "make lint    formatters and checks, changing nothing          make format applies them"
+	@echo "make bench   the quantizer benchmark on this machine"
+	@echo "make wheel   a wheel in dist/"
+	@echo "make matrix  the same libraries under a second Python and torch"
+	@echo "make audit   compiled kernels against their budget; needs nvcc or triton, no GPU"
+	@echo "make gpu     tests, compute-sanitizer and benchmark on an NVIDIA GPU"
+
+# The environment. A stamp holds what it was made from, so that a second run takes no time.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else \
+	  "fastflat: PYTHON must be 3.10 or later, got %d.%d; run: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "setuptools>=77" wheel
+	@touch $@
+
+$(VENV)/.torch-$(firstword $(TORCH)): $(VENV)/.python
+	$(PIP) install $(TORCH) numpy
+	@rm -f $(VENV)/.torch-* && touch "$@"
+
+$(VENV)/.installed: pyproject.toml setup.py $(VENV)/.torch-$(firstword $(TORCH))
+	$(PIP) install --no-build-isolation --editable ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.installed
+	$(PIP) install --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+# Each run asks again what can be built and compiles what changed: under a second when nothing did.
+build: $(VENV)/.installed
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+test: build
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: build
+	$(BIN)/fastflat train --demo
+
+bench: build
+	$(BIN)/fastflat bench quantize $(ARGS)
+
+audit: build
+	$(BIN)/fastflat audit $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs -r $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/typos
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs -r $(BIN)/clang-format -i
+
+wheel: $(VENV)/.installed
+	$(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist
+	@ls dist
+
+# The wheel built here, installed beside another Python and another torch: no file is compiled a second time.
+matrix: wheel
+	@command -v $(PYTHON2) >/dev/null || { echo "fastflat: PYTHON2 must be an installed Python, got $(PYTHON2)"; exit 2; }
+	test -x $(VENV2)/bin/python || $(PYTHON2) -m venv $(VENV2)
+	$(VENV2)/bin/python -m pip --disable-pip-version-check --quiet install $(TORCH2) numpy
+	$(VENV2)/bin/python -m pip --disable-pip-version-check --quiet install --force-reinstall --no-deps \
+	  "$$(ls -t dist/fastflat-*.whl | head -n 1)"
+	$(VENV2)/bin/python -m pip --disable-pip-version-check --quiet install hypothesis pytest scipy
+	$(BIN)/python build_tools/same_libraries.py $(VENV2)/bin/python
+	$(VENV2)/bin/pytest -p no:cacheprovider tests/ops $(ARGS)
+
+# On a machine with an NVIDIA GPU; leaves the record under benchmarks/results for committing.
+gpu: build
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
+	  "fastflat: make gpu needs an NVIDIA GPU and a CUDA build of torch, got torch %s" % torch.__version__)'
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -m "gpu and not slow" tests/ops
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -m "gpu and not slow" tests/ops
+	mkdir -p benchmarks/results
+	$(BIN)/fastflat bench quantize --json benchmarks/results/quantize-gpu.json
+
+clean:
+	rm -rf build dist *.egg-info fastflat/libfastflat_*.so fastflat/_build_info.json $(VENV2)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For which GPU architectures the CUDA library is compiled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+# One entry per generation: code for x.0 runs on every x.y, and the kernels use nothing that a minor version adds.
+# The newest also as PTX, which the driver compiles for GPUs that did not exist at build time.
+_DEFAULTS = (
+    ((13, 0), "7.5 8.0 9.0 10.0 12.0+PTX"),  # 13.0 dropped everything before 7.5
+    ((12, 8), "7.0 7.5 8.0 9.0 10.0 12.0+PTX"),  # 12.8 knows Blackwell
+    ((12, 0), "7.0 7.5 8.0 9.0+PTX"),
+)
+
+_ARCH = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
+
+
+def choose(env: Mapping[str, str], nvcc: str) -> tuple[str, ...]:
+    """Architectures such as ``("8.0", "9.0+PTX")`` for the toolkit version `nvcc`.
+
+    ``FASTFLAT_ARCHS`` decides, else ``TORCH_CUDA_ARCH_LIST``, else the default of the toolkit. No GPU is asked: the
+    machine that builds need not have one. Raises ValueError on a name that is not ``MAJOR.MINOR[a|f][+PTX]``.
+    """
+    for name in ("FASTFLAT_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        wanted = re.split(r"[\s;,]+", env.get(name, "").strip(" ;,"))
+        if wanted != [""]:
+            for arch in wanted:
+                if not _ARCH.fullmatch(arch):
+                    raise ValueError(
+                        f"{name}: an architecture must be MAJOR.MINOR with an optional a or f and +PTX, as in"
+                        f" '8.0 9.0a 12.0+PTX', got {arch!r}"
+                    )
+            return tuple(dict.fromkeys(wanted))
+    version = tuple(int(part) for part in nvcc.split(".")[:2])
+    for since, arches in _DEFAULTS:
+        if version >= since:
+            return tuple(arches.split())
+    raise ValueError(f"nvcc must be at least {'.'.join(map(str, _DEFAULTS[-1][0]))}, got {nvcc}")
+
+
+def gencode(arches: tuple[str, ...]) -> list[str]:
+    """The nvcc options for `arches`: machine code for each, and PTX where ``+PTX`` asks for it."""
+    options = []
+    for arch in arches:
+        major, minor, suffix, ptx = _ARCH.fullmatch(arch).groups()
+        number = f"{major}{minor}{suffix}"
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every compile and link flag, with its why."""
+
+from __future__ import annotations
+
+from build_tools.arches import gencode
+from build_tools.decide import TORCH_FLOOR
+
+#: Both compilers, C++ and CUDA sources alike.
+SHARED = {
+    "-std=c++20": "the oldest standard that the stable headers of every torch from 2.10 compile with",
+    "-O3": "the vector loops need it",
+    "-Icsrc": "sources write math/x.h, core/x.h, cpu/x.h",
+    "-MD": "writes the header dependencies next to the object: a changed header rebuilds what includes it",
+}
+
+#: The host compiler; nvcc hands them on.
+HOST = {
+    "-fPIC": "shared library",
+    "-fvisibility=hidden": "nothing is called by name: the operators register themselves when the library loads",
+    "-fvisibility-inlines-hidden": "the same for inline functions",
+    "-ffp-contract=off": "a*b+c in two roundings on every target, so that all backends give the same bits",
+    "-ffile-prefix-map={root}=.": "no path of the build machine in the binary",
+    "-ffile-prefix-map={torch}=torch": "the same for the texts of torch's check macros",
+    "-Wall": "warnings",
+    "-Wextra": "warnings",
+}
+
+#: Sources that include torch.
+TORCH = {
+    "-isystem{torch}/include": "torch's headers, without their warnings",
+    "-DTORCH_STABLE_ONLY": "any header outside the stable ABI is an error",
+    "-DTORCH_TARGET_VERSION=0x{floor:016x}": "only symbols that the oldest supported torch already has",
+}
+
+NVCC = {
+    "-fmad=false": "as -ffp-contract=off, on the device",
+    "-lineinfo": "profilers and compute-sanitizer name source lines; costs nothing at run time",
+    "-Xptxas=-v,--warn-on-spills": "registers in the build log, a warning for every spill",
+}
+
+#: The C++ half of the CUDA library: its part of the stable ABI is behind this macro.
+CUDA_HOST = {"-DUSE_CUDA": "declares the stream and the error check of the stable ABI"}
+
+LINK = {
+    "-shared": "shared library",
+    "-L{torch}/lib": "where torch is now; not stored, the loaded torch is found by name",
+}
+
+#: Options for the linker itself.
+LINKER = {
+    "--no-as-needed": "keep libtorch in DT_NEEDED: through it the CUDA library finds a symbol of libtorch_cuda",
+    "-ltorch": "",
+    "-ltorch_cpu": "the stable ABI's C functions",
+    "--build-id=sha1": "the same sources give the same file",
+}
+
+#: The CPU library leaves nothing unresolved. The CUDA library may be linked against a CPU-only torch.
+CPU_LINKER = {"-z,defs": "a symbol that torch lacks is an error now, not when a user loads the library"}
+
+TARGET_VERSION = (TORCH_FLOOR[0] << 56) | (TORCH_FLOOR[1] << 48)
+
+
+def cxx(torch: str, root: str) -> list[str]:
+    """Options of the host compiler for a source of the CPU library. `torch`: folder of the torch package."""
+    return _fill((*SHARED, *HOST, *TORCH), torch, root)
+
+
+def cuda_cxx(torch: str, root: str) -> list[str]:
+    """Options of nvcc for a .cpp of the CUDA library: it calls the host compiler with its own include path."""
+    return [*_fill((*SHARED, *TORCH, *CUDA_HOST), torch, root), *_host(torch, root)]
+
+
+def nvcc(arches: tuple[str, ...], torch: str, root: str) -> list[str]:
+    """Options of nvcc for a .cu: no torch headers, machine code for `arches`."""
+    return [*_fill((*SHARED, *NVCC), torch, root), *gencode(arches), *_host(torch, root)]
+
+
+def link_cpu(torch: str, root: str) -> list[str]:
+    """Options that link the CPU library with the host compiler; they go behind the objects."""
+    return _fill((*LINK, *(_pass_on(o) for o in (*LINKER, *CPU_LINKER))), torch, root)
+
+
+def link_cuda(torch: str, root: str) -> list[str]:
+    """Options that link the CUDA library with nvcc, which adds the static CUDA runtime: the driver is all it needs."""
+    return _fill((*LINK, *(f"-Xlinker={o}" if not o.startswith("-l") else o for o in LINKER)), torch, root)
+
+
+def public(arches: tuple[str, ...]) -> dict[str, list[str]]:
+    """The options as they go into the build record: with placeholders instead of the build machine's paths."""
+    at = ("<torch>", "<root>")
+    return {"cxx": [*cxx(*at), *link_cpu(*at)], "nvcc": [*nvcc(arches, *at), *link_cuda(*at)] if arches else []}
+
+
+def _pass_on(option: str) -> str:
+    return option if option.startswith("-l") else f"-Wl,{option}"
+
+
+def _host(torch: str, root: str) -> list[str]:
+    return [f"-Xcompiler={option}" for option in _fill(HOST, torch, root)]
+
+
+def _fill(options, torch: str, root: str) -> list[str]:
+    return [option.format(torch=torch, root=root, floor=TARGET_VERSION) for option in options]
