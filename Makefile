@@ -79,18 +79,18 @@ format: $(VENV)/.dev
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs -r $(BIN)/clang-format -i
 
 wheel: $(VENV)/.installed
+	rm -rf dist
 	$(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist
 	@ls dist
 
 # The wheel built here, installed beside another Python and another torch: no file is compiled a second time.
+PIP2 := $(VENV2)/bin/python -m pip --disable-pip-version-check --quiet
 matrix: wheel
 	@command -v $(PYTHON2) >/dev/null || { echo "fastflat: PYTHON2 must be an installed Python, got $(PYTHON2)"; exit 2; }
 	test -x $(VENV2)/bin/python || $(PYTHON2) -m venv $(VENV2)
-	$(VENV2)/bin/python -m pip --disable-pip-version-check --quiet install $(TORCH2) numpy
-	$(VENV2)/bin/python -m pip --disable-pip-version-check --quiet install --force-reinstall --no-deps \
-	  "$$(ls -t dist/fastflat-*.whl | head -n 1)"
-	$(VENV2)/bin/python -m pip --disable-pip-version-check --quiet install hypothesis pytest scipy
-	$(BIN)/python build_tools/same_libraries.py $(VENV2)/bin/python
+	$(PIP2) install $(TORCH2) numpy scipy hypothesis pytest
+	$(PIP2) install --force-reinstall --no-deps dist/*.whl
+	$(BIN)/python build_tools/same_libraries.py dist/*.whl $(VENV2)/bin/python
 	$(VENV2)/bin/pytest -p no:cacheprovider tests/ops $(ARGS)
 
 # On a machine with an NVIDIA GPU; leaves the record under benchmarks/results for committing.

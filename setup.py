@@ -7,19 +7,21 @@ from pathlib import Path
 
 import setuptools
 
+VERSION = "0.1.0"
+SETUPTOOLS_FLOOR = 77  # the first that reads the licence fields of pyproject.toml
+
+if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS_FLOOR:
+    sys.exit(
+        f"fastflat: setuptools must be at least {SETUPTOOLS_FLOOR}, got {setuptools.__version__}; run: pip install -U setuptools"
+    )
+if "develop" in sys.argv[1:]:
+    # It links the repository root, where fastflat.triton_kernels does not exist.
+    sys.exit("fastflat: setup.py develop cannot map triton_kernels; run: pip install --no-build-isolation -e .")
+
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from build_tools import arches, commands, decide, find  # noqa: E402
-
-VERSION = "0.1.0"
-SETUPTOOLS_FLOOR = 77
-
-if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS_FLOOR:
-    sys.exit(
-        f"fastflat: setuptools must be at least {SETUPTOOLS_FLOOR}, got {setuptools.__version__}, which cannot map"
-        " triton_kernels into the package; run: pip install -U setuptools wheel"
-    )
 
 env = os.environ
 tools = find.tools(env)

@@ -53,6 +53,12 @@ LINKER = {
     "-ltorch": "",
     "-ltorch_cpu": "the stable ABI's C functions",
     "--build-id=sha1": "the same sources give the same file",
+    "--exclude-libs,ALL": "the static CUDA runtime stays our own: its symbols are not exported",
+}
+
+NVCC_LINK = {
+    "-cudart=static": "the driver is all that the library needs, whatever CUDA runtime torch brings",
+    "-nodlink": "no kernel calls into another object",
 }
 
 #: The CPU library leaves nothing unresolved. The CUDA library may be linked against a CPU-only torch.
@@ -68,7 +74,8 @@ def cxx(torch: str, root: str) -> list[str]:
 
 def cuda_cxx(torch: str, root: str) -> list[str]:
     """Options of nvcc for a .cpp of the CUDA library: it calls the host compiler with its own include path."""
-    return [*_fill((*SHARED, *TORCH, *CUDA_HOST), torch, root), *_host(torch, root)]
+    options = _fill((*SHARED, *TORCH, *CUDA_HOST), torch, root)
+    return [*(o.replace("-isystem", "-isystem=") for o in options), *_host(torch, root)]
 
 
 def nvcc(arches: tuple[str, ...], torch: str, root: str) -> list[str]:
@@ -82,8 +89,9 @@ def link_cpu(torch: str, root: str) -> list[str]:
 
 
 def link_cuda(torch: str, root: str) -> list[str]:
-    """Options that link the CUDA library with nvcc, which adds the static CUDA runtime: the driver is all it needs."""
-    return _fill((*LINK, *(f"-Xlinker={o}" if not o.startswith("-l") else o for o in LINKER)), torch, root)
+    """Options that link the CUDA library with nvcc."""
+    linker = (option if option.startswith("-l") else f"-Xlinker={option}" for option in LINKER)
+    return _fill((*LINK, *NVCC_LINK, *linker), torch, root)
 
 
 def public(arches: tuple[str, ...]) -> dict[str, list[str]]:

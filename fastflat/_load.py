@@ -91,7 +91,7 @@ def _load(name: str, disabled: bool) -> Library:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        reason = f"does not load under torch {torch.__version__}: {str(error).splitlines()[0]}"
+        reason = f"does not load under torch {torch.__version__}: {str(error.__cause__ or error).splitlines()[0]}"
         return Library(name, False, str(path), reason, f"{_needed_torch()}{_REBUILD}")
     return Library(name, True, str(path), "loaded", "")
 
