@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make matrix``: the fastflat of another Python must hold the very library files of the wheel built here.
+
+Usage: same_libraries.py WHEEL PYTHON. Prints both environments and exits with 1 when a file differs or does not load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+
+_REPORT = """
+import hashlib, json, pathlib, sys, torch
+from fastflat import _load
+print(json.dumps({
+    "python": sys.version.split()[0], "torch": torch.__version__,
+    "libraries": {name: [hashlib.sha256(pathlib.Path(lib.path).read_bytes()).hexdigest(), lib.loaded, lib.reason]
+                  for name, lib in _load.status().items() if lib.path},
+}))
+"""
+
+
+def main(wheel: str, python: str) -> int:
+    # -I keeps the working directory, and with it the source tree, off the import path
+    done = subprocess.run([python, "-I", "-c", _REPORT], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        print(f"fastflat does not import under {python}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return 1
+    there = json.loads(done.stdout)
+    with zipfile.ZipFile(wheel) as archive:
+        built = json.loads(archive.read("fastflat/_build_info.json"))
+        here = {
+            name: hashlib.sha256(archive.read(f"fastflat/libfastflat_{name}.so")).hexdigest()
+            for name, library in built["libraries"].items()
+            if library["built"]
+        }
+    print(
+        f"built with torch {built['torch']['version']}; running under Python {there['python']}, torch {there['torch']}"
+    )
+    status = 0
+    for name, digest in here.items():
+        same, loaded, reason = there["libraries"][name][0] == digest, *there["libraries"][name][1:]
+        print(f"{name}: sha256 {digest[:16]}, {'the same file' if same else 'ANOTHER FILE'}, {reason}")
+        if not same or (name == "cpu" and not loaded):
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
