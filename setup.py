@@ -10,10 +10,9 @@ import setuptools
 VERSION = "0.1.0"
 SETUPTOOLS_FLOOR = 77  # the first that reads the licence fields of pyproject.toml
 
-if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS_FLOOR:
-    sys.exit(
-        f"fastflat: setuptools must be at least {SETUPTOOLS_FLOOR}, got {setuptools.__version__}; run: pip install -U setuptools"
-    )
+found = setuptools.__version__
+if int(found.split(".")[0]) < SETUPTOOLS_FLOOR:
+    sys.exit(f"fastflat: setuptools must be at least {SETUPTOOLS_FLOOR}, got {found}; run: pip install -U setuptools")
 if "develop" in sys.argv[1:]:
     # It links the repository root, where fastflat.triton_kernels does not exist.
     sys.exit("fastflat: setup.py develop cannot map triton_kernels; run: pip install --no-build-isolation -e .")
