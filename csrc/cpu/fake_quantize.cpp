@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+// Glue of the fake_quantize family: layouts, allocation, threads. The loops are in fake_quantize_loops.h.
+#include "cpu/fake_quantize.h"
+
+#include "core/checks.h"
+#include "core/storage.h"
+#include "core/tensor.h"
+#include "cpu/isa.h"
+#include "math/fake_quantize.h"
+
+namespace fastflat::cpu {
+namespace {
+
+// Elements that make a thread worth waking.
+constexpr int64_t grain = 32768;
+// Tasks of a reduction over shared channels: a number that depends on the shape only, so that sums do too.
+constexpr int64_t task_size = 65536;
+constexpr int64_t most_tasks = 256;
+constexpr int64_t most_sums = int64_t{1} << 20;
+
+const FakeQuantizeLoops& family() { return loops().fake_quantize; }
+
+const void* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
+void map(FakeQuantizeLoops::Map loop, const FakeQuantizeCall& call) {
+  const int64_t n = call.geometry.numel();
+  if (n <= grain) {
+    if (n > 0) loop(call, 0, n);
+    return;
+  }
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { loop(call, begin, end); });
+}
+
+// One or two numbers a channel. Where each channel is one run (outer == 1) threads share out channels; otherwise tasks
+// of a fixed size each have their own numbers, combined in task order.
+template <class Combine>
+void reduce(FakeQuantizeLoops::Reduce channels, FakeQuantizeLoops::Reduce range, const FakeQuantizeCall& call,
+            int64_t width, double* result, const Combine& combine) {
+  const Geometry& g = call.geometry;
+  const int64_t n = g.numel();
+  if (n == 0) return;
+  if (g.outer == 1 && (g.channels >= 64 || g.inner < short_run)) {
+    const int64_t per_thread = std::max<int64_t>(1, grain / std::max<int64_t>(g.inner, 1));
+    torch::stable::parallel_for(0, g.channels, per_thread,
+                                [&](int64_t begin, int64_t end) { channels(call, begin, end, result); });
+    return;
+  }
+  const int64_t unit = g.inner < short_run ? g.channels * g.inner : 1;
+  int64_t tasks = std::min({(n + task_size - 1) / task_size, most_tasks, most_sums / g.channels + 1});
+  const int64_t units = n / unit;
+  const int64_t per_task = (units + tasks - 1) / tasks;
+  tasks = (units + per_task - 1) / per_task;
+  if (tasks == 1) return range(call, 0, n, result);
+  const int64_t numbers = width * g.channels;
+  std::vector<double> partial(tasks * numbers, 0.0);
+  torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, grain / (per_task * unit)), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      range(call, t * per_task * unit, std::min(n, (t + 1) * per_task * unit), partial.data() + t * numbers);
+    }
+  });
+  for (int64_t t = 0; t < tasks; ++t) {
+    for (int64_t i = 0; i < numbers; ++i) result[i] = combine(result[i], partial[t * numbers + i]);
+  }
+}
+
+FakeQuantizeCall describe(const Tensor& x, int64_t qmin, int64_t qmax, int64_t axis, int64_t group, double eps,
+                          int64_t rules) {
+  FakeQuantizeCall call{};
+  call.geometry = geometry_of(x, axis, group);
+  call.qmin = qmin;
+  call.qmax = qmax;
+  call.eps = eps;
+  call.rules = rules;
+  call.factor = 1.0;
+  call.x = x.const_data_ptr();
+  return call;
+}
+
+// Scale and zero-point, contiguous and checked; the copies live as long as this does.
+struct ScaleTensors {
+  Tensor scale;
+  std::optional<Tensor> zero_point;
+
+  ScaleTensors(const char* op, const Tensor& scale_, const std::optional<Tensor>& zero_point_, const Tensor& x,
+               FakeQuantizeCall& call)
+      : scale(dense(scale_, true)) {
+    check_parameter(op, "scale", scale, x, call.geometry.channels);
+    call.scale = scale.const_data_ptr();
+    if (!zero_point_) return;
+    zero_point = dense(*zero_point_, true);
+    check_parameter(op, "zero_point", *zero_point, x, call.geometry.channels);
+    call.zero_point = zero_point->const_data_ptr();
+  }
+};
+
+Tensor fake_quantize(const Tensor& x_, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t qmin,
+                     int64_t qmax, int64_t axis, int64_t group, double eps, int64_t rules,
+                     std::optional<ScalarType> dtype) {
+  constexpr auto op = "fake_quantize";
+  check_layout(op, x_, axis, group);
+  const Tensor x = dense(x_, group > 0);
+  FakeQuantizeCall call = describe(x, qmin, qmax, axis, group, eps, rules);
+  const ScaleTensors scales(op, scale, zero_point, x, call);
+  const ScalarType result = dtype.value_or(x.scalar_type());
+  const Pair pair = pair_of(op, x.scalar_type(), result);
+  Tensor y = empty_like(x, result);
+  call.out = y.mutable_data_ptr();
+  map(family().forward[pair], call);
+  return y;
+}
+
+// Sums to gradients of scale and zero-point, in the compute type.
+template <class C>
+void finish(const FakeQuantizeCall& call, const std::vector<double>& sums, void* gs, void* gz) {
+  const auto grid = IntegerGrid<C>::make(call.qmin, call.qmax, call.eps, call.factor, call.rules);
+  for (int64_t c = 0; c < call.geometry.channels; ++c) {
+    static_cast<C*>(gs)[c] = grid.scale_gradient(static_cast<C>(sums[2 * c]));
+    if (!gz) continue;
+    const auto group = grid.group(static_cast<const C*>(call.scale)[c]);
+    static_cast<C*>(gz)[c] = grid.zero_gradient(static_cast<C>(sums[2 * c + 1]), group);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_bwd(const Tensor& gy_, const Tensor& x_, const Tensor& scale,
+                                                     const std::optional<Tensor>& zero_point, int64_t qmin,
+                                                     int64_t qmax, int64_t axis, int64_t group, double eps,
+                                                     int64_t rules, double factor, bool need_scale) {
+  constexpr auto op = "fake_quantize_bwd";
+  check_layout(op, x_, axis, group);
+  check_same_shape(op, "gy", gy_, x_);
+  const Tensor x = dense(x_, group > 0);
+  const Tensor gy = in_layout_of(gy_, x);
+  FakeQuantizeCall call = describe(x, qmin, qmax, axis, group, eps, rules);
+  const ScaleTensors scales(op, scale, zero_point, x, call);
+  call.factor = factor;
+  const Pair pair = pair_of(op, x.scalar_type(), gy.scalar_type());
+  Tensor gx = empty_like(x, x.scalar_type());
+  call.in = gy.const_data_ptr();
+  call.out = gx.mutable_data_ptr();
+  const std::vector<int64_t> none{0}, all(scale.sizes().begin(), scale.sizes().end());
+  const bool need_zero = need_scale && zero_point;
+  Tensor gs = empty_dense(scale, need_scale ? all : none, scale.scalar_type());
+  Tensor gz = empty_dense(scale, need_zero ? all : none, scale.scalar_type());
+  if (!need_scale) {
+    map(family().backward[pair], call);
+    return {gx, gs, gz};
+  }
+  std::vector<double> sums(2 * call.geometry.channels, 0.0);
+  reduce(family().backward_channels[pair], family().backward_range[pair], call, 2, sums.data(), std::plus<double>());
+  void* to_zero = need_zero ? gz.mutable_data_ptr() : nullptr;
+  if (compute_type(x.scalar_type()) == ScalarType::Double) {
+    finish<double>(call, sums, gs.mutable_data_ptr(), to_zero);
+  } else {
+    finish<float>(call, sums, gs.mutable_data_ptr(), to_zero);
+  }
+  return {gx, gs, gz};
+}
+
+Tensor fake_quantize_jvp(const std::optional<Tensor>& tx_, const std::optional<Tensor>& ts_,
+                         const std::optional<Tensor>& tz_, const Tensor& x_, const Tensor& scale,
+                         const std::optional<Tensor>& zero_point, int64_t qmin, int64_t qmax, int64_t axis,
+                         int64_t group, double eps, int64_t rules, double factor, std::optional<ScalarType> dtype) {
+  constexpr auto op = "fake_quantize_jvp";
+  check_layout(op, x_, axis, group);
+  const Tensor x = dense(x_, group > 0);
+  FakeQuantizeCall call = describe(x, qmin, qmax, axis, group, eps, rules);
+  const ScaleTensors scales(op, scale, zero_point, x, call);
+  call.factor = factor;
+  const ScalarType result = dtype.value_or(x.scalar_type());
+  const Pair pair = pair_of(op, x.scalar_type(), result);
+  std::optional<Tensor> tx, ts, tz;
+  bool of_result = false;
+  if (tx_) {
+    check_same_shape(op, "tx", *tx_, x);
+    tx = in_layout_of(*tx_, x);
+    of_result = tx->scalar_type() != x.scalar_type();
+    STD_TORCH_CHECK(!of_result || tx->scalar_type() == result, "fastflat::", op,
+                    ": tx must have the dtype of x or of the result");
+  }
+  if (ts_) {
+    ts = dense(*ts_, true);
+    check_parameter(op, "ts", *ts, x, call.geometry.channels);
+  }
+  if (tz_) {
+    tz = dense(*tz_, true);
+    check_parameter(op, "tz", *tz, x, call.geometry.channels);
+  }
+  call.in = data(tx);
+  call.ts = data(ts);
+  call.tz = data(tz);
+  Tensor ty = empty_like(x, result);
+  call.out = ty.mutable_data_ptr();
+  map(of_result ? family().tangent_of_result[pair] : family().tangent[pair], call);
+  return ty;
+}
+
+template <class C>
+void store_scales(const std::vector<double>& absmax, int64_t qmax, void* scale) {
+  for (size_t c = 0; c < absmax.size(); ++c) {
+    static_cast<C*>(scale)[c] = absmax_scale(static_cast<C>(absmax[c]), static_cast<C>(qmax));
+  }
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_absmax(const Tensor& x_, int64_t qmin, int64_t qmax, int64_t axis,
+                                                int64_t group, double eps, int64_t rules,
+                                                std::optional<ScalarType> dtype) {
+  constexpr auto op = "fake_quantize_absmax";
+  check_layout(op, x_, axis, group);
+  const Tensor x = dense(x_, group > 0);
+  FakeQuantizeCall call = describe(x, qmin, qmax, axis, group, eps, rules);
+  const ScalarType result = dtype.value_or(x.scalar_type());
+  const Pair pair = pair_of(op, x.scalar_type(), result);
+  const Storage storage = storage_of(op, "x", x.scalar_type());
+  const ScalarType compute = compute_type(x.scalar_type());
+  Tensor y = empty_like(x, result);
+  Tensor scale = empty_dense(x, scale_sizes(x, axis, group), compute);
+  const Geometry& g = call.geometry;
+  std::vector<double> absmax(g.channels, 0.0);
+  reduce(family().absmax_channels[storage], family().absmax_range[storage], call, 1, absmax.data(),
+         larger_magnitude<double>);
+  if (compute == ScalarType::Double) {
+    store_scales<double>(absmax, qmax, scale.mutable_data_ptr());
+  } else {
+    store_scales<float>(absmax, qmax, scale.mutable_data_ptr());
+  }
+  call.scale = scale.const_data_ptr();
+  call.out = y.mutable_data_ptr();
+  map(family().forward[pair], call);
+  return {y, scale};
+}
+
+}  // namespace
+}  // namespace fastflat::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastflat, CPU, m) {
+  m.impl("fake_quantize", TORCH_BOX(&fastflat::cpu::fake_quantize));
+  m.impl("fake_quantize_bwd", TORCH_BOX(&fastflat::cpu::fake_quantize_bwd));
+  m.impl("fake_quantize_jvp", TORCH_BOX(&fastflat::cpu::fake_quantize_jvp));
+  m.impl("fake_quantize_absmax", TORCH_BOX(&fastflat::cpu::fake_quantize_absmax));
+}

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+// Included once per instruction set, inside its namespace.
+
+// Per-channel parameters of a call in the compute type.
+template <class C>
+struct Parameters {
+  const C* scale;
+  const C* zero;
+  const C* ts;
+  const C* tz;
+
+  explicit Parameters(const FakeQuantizeCall& call)
+      : scale(static_cast<const C*>(call.scale)),
+        zero(static_cast<const C*>(call.zero_point)),
+        ts(static_cast<const C*>(call.ts)),
+        tz(static_cast<const C*>(call.tz)) {}
+
+  FASTFLAT_HD QuantGroup<C> group(const IntegerGrid<C>& grid, int64_t c) const {
+    return zero ? grid.group(scale[c], zero[c]) : grid.group(scale[c]);
+  }
+};
+
+// The same, one value an element, for `block` elements of short runs.
+template <class C>
+struct SpreadParameters {
+  alignas(64) C scale[block];
+  alignas(64) C zero[block];
+  alignas(64) C ts[block];
+  alignas(64) C tz[block];
+
+  void fill(const Geometry& g, const Parameters<C>& p, int64_t begin, int64_t count) {
+    spread(g, p.scale, begin, count, scale);
+    if (p.zero) spread(g, p.zero, begin, count, zero);
+    if (p.ts) spread(g, p.ts, begin, count, ts);
+    if (p.tz) spread(g, p.tz, begin, count, tz);
+  }
+};
+
+template <class C>
+FASTFLAT_HD IntegerGrid<C> grid_of(const FakeQuantizeCall& call) {
+  return IntegerGrid<C>::make(call.qmin, call.qmax, call.eps, call.factor, call.rules);
+}
+
+// Runs body(grid) with the choice of division known to the compiler, so that only one of the two is computed.
+template <class C, class Body>
+FASTFLAT_HD void by_arithmetic(IntegerGrid<C> grid, const Body& body) {
+  if (grid.reciprocal) {
+    grid.reciprocal = true;
+    body(grid);
+  } else {
+    grid.reciprocal = false;
+    body(grid);
+  }
+}
+
+// The map skeleton: element(i, group, ts, tz) for every storage offset in [begin, end).
+template <class C, class Element>
+FASTFLAT_HD void map_elements(const FakeQuantizeCall& call, int64_t begin, int64_t end, const Element& element) {
+  const Geometry& geometry = call.geometry;
+  const Parameters<C> p(call);
+  by_arithmetic(grid_of<C>(call), [&](const IntegerGrid<C>& grid) __attribute__((always_inline)) {
+    if (geometry.inner >= short_run || geometry.channels == 1) {
+      for_runs(geometry, begin, end, [&](int64_t i, int64_t n, int64_t c) __attribute__((always_inline)) {
+        const QuantGroup<C> g = p.group(grid, c);
+        const C ts = p.ts ? p.ts[c] : C(0), tz = p.tz ? p.tz[c] : C(0);
+        for (int64_t j = i; j < i + n; ++j) element(j, grid, g, ts, tz);
+      });
+      return;
+    }
+    SpreadParameters<C> s;
+    if (!p.ts) std::fill_n(s.ts, block, C(0));
+    if (!p.tz) std::fill_n(s.tz, block, C(0));
+    for (int64_t i = begin; i < end; i += block) {
+      const int64_t n = std::min(block, end - i);
+      s.fill(geometry, p, i, n);
+      if (p.zero) {
+        for (int64_t j = 0; j < n; ++j) element(i + j, grid, grid.group(s.scale[j], s.zero[j]), s.ts[j], s.tz[j]);
+      } else {
+        for (int64_t j = 0; j < n; ++j) element(i + j, grid, grid.group(s.scale[j]), s.ts[j], s.tz[j]);
+      }
+    }
+  });
+}
+
+template <class X, class Y>
+void fake_quantize_forward(const FakeQuantizeCall& call, int64_t begin, int64_t end) {
+  using C = compute_t<X>;
+  const X* __restrict x = static_cast<const X*>(call.x);
+  Y* __restrict y = static_cast<Y*>(call.out);
+  map_elements<C>(call, begin, end, [=](int64_t i, const IntegerGrid<C>& grid, const QuantGroup<C>& g, C, C)
+                                        __attribute__((always_inline)) {
+    y[i] = store<Y>(grid.forward(load(x[i]), g));
+  });
+}
+
+template <class X, class Y>
+void fake_quantize_backward(const FakeQuantizeCall& call, int64_t begin, int64_t end) {
+  using C = compute_t<X>;
+  const X* __restrict x = static_cast<const X*>(call.x);
+  const Y* __restrict gy = static_cast<const Y*>(call.in);
+  X* __restrict gx = static_cast<X*>(call.out);
+  map_elements<C>(call, begin, end, [=](int64_t i, const IntegerGrid<C>& grid, const QuantGroup<C>& g, C, C)
+                                        __attribute__((always_inline)) {
+    gx[i] = store<X>(grid.backward(load(gy[i]), load(x[i]), g).x);
+  });
+}
+
+template <class X, class T, class Y>
+void fake_quantize_tangent(const FakeQuantizeCall& call, int64_t begin, int64_t end) {
+  using C = compute_t<X>;
+  const X* __restrict x = static_cast<const X*>(call.x);
+  const T* __restrict tx = static_cast<const T*>(call.in);
+  Y* __restrict ty = static_cast<Y*>(call.out);
+  map_elements<C>(call, begin, end,
+                  [=](int64_t i, const IntegerGrid<C>& grid, const QuantGroup<C>& g, C ts, C tz)
+                      __attribute__((always_inline)) {
+                        const C t = tx ? load(tx[i]) : C(0);
+                        ty[i] = store<Y>(grid.tangent(t, ts, tz, load(x[i]), g));
+                      });
+}
+
+// Gradients of one long run; returns the sums over it. Without a zero-point the second sum is not formed.
+template <class X, class Y, bool with_zero>
+FASTFLAT_HD void backward_run(const X* __restrict x, const Y* __restrict gy, X* __restrict gx, int64_t n,
+                              const IntegerGrid<compute_t<X>>& grid, const QuantGroup<compute_t<X>>& g, double* sums) {
+  using C = compute_t<X>;
+  const auto element = [&](int64_t i, C& scale, C& outside) __attribute__((always_inline)) {
+    const auto d = grid.backward(load(gy[i]), load(x[i]), g);
+    gx[i] = store<X>(d.x);
+    scale += d.scale;
+    if (with_zero) outside += d.outside;
+  };
+  for (int64_t start = 0; start < n; start += flush) {
+    const int64_t stop = std::min(n, start + flush);
+    alignas(64) C scale[lanes] = {};
+    alignas(64) C outside[lanes] = {};
+    int64_t i = start;
+    for (; i + lanes <= stop; i += lanes) {
+      for (int l = 0; l < lanes; ++l) element(i + l, scale[l], outside[l]);
+    }
+    for (int l = 0; l < stop - i; ++l) element(i + l, scale[l], outside[l]);
+    sums[0] += fold(scale);
+    if (with_zero) sums[1] += fold(outside);
+  }
+}
+
+// Gradients of up to `block` elements of short runs; their shares of the sums go to scale[] and outside[].
+template <class X, class Y>
+FASTFLAT_HD void backward_block(const X* __restrict x, const Y* __restrict gy, X* __restrict gx, int64_t n,
+                                const IntegerGrid<compute_t<X>>& grid, const SpreadParameters<compute_t<X>>& s,
+                                bool with_zero, compute_t<X>* __restrict scale, compute_t<X>* __restrict outside) {
+  if (with_zero) {
+    for (int64_t i = 0; i < n; ++i) {
+      const auto d = grid.backward(load(gy[i]), load(x[i]), grid.group(s.scale[i], s.zero[i]));
+      gx[i] = store<X>(d.x);
+      scale[i] = d.scale;
+      outside[i] = d.outside;
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const auto d = grid.backward(load(gy[i]), load(x[i]), grid.group(s.scale[i]));
+      gx[i] = store<X>(d.x);
+      scale[i] = d.scale;
+    }
+  }
+}
+
+template <class X, class Y>
+void fake_quantize_backward_range(const FakeQuantizeCall& call, int64_t begin, int64_t end, double* sums) {
+  using C = compute_t<X>;
+  const Geometry& geometry = call.geometry;
+  const Parameters<C> p(call);
+  const X* x = static_cast<const X*>(call.x);
+  const Y* gy = static_cast<const Y*>(call.in);
+  X* gx = static_cast<X*>(call.out);
+  by_arithmetic(grid_of<C>(call), [&](const IntegerGrid<C>& grid) __attribute__((always_inline)) {
+    if (geometry.inner >= short_run || geometry.channels == 1) {
+      for_runs(geometry, begin, end, [&](int64_t i, int64_t n, int64_t c) __attribute__((always_inline)) {
+        const QuantGroup<C> g = p.group(grid, c);
+        if (p.zero) {
+          backward_run<X, Y, true>(x + i, gy + i, gx + i, n, grid, g, sums + 2 * c);
+        } else {
+          backward_run<X, Y, false>(x + i, gy + i, gx + i, n, grid, g, sums + 2 * c);
+        }
+      });
+      return;
+    }
+    // Columns: rows of all channels are added up elementwise, at most `flush / lanes` of them in the compute type.
+    const int64_t row = geometry.channels * geometry.inner;
+    SpreadParameters<C> s;
+    alignas(64) C scale[block], outside[block], scale_sum[block], outside_sum[block];
+    for (int64_t column = 0; column < row; column += block) {
+      const int64_t n = std::min(block, row - column);
+      s.fill(geometry, p, column, n);
+      for (int64_t start = begin; start < end; start += row * (flush / lanes)) {
+        const int64_t stop = std::min(end, start + row * (flush / lanes));
+        std::fill_n(scale_sum, n, C(0));
+        std::fill_n(outside_sum, n, C(0));
+        for (int64_t i = start + column; i < stop; i += row) {
+          backward_block<X, Y>(x + i, gy + i, gx + i, n, grid, s, p.zero != nullptr, scale, outside);
+          for (int64_t j = 0; j < n; ++j) scale_sum[j] += scale[j];
+          if (p.zero) {
+            for (int64_t j = 0; j < n; ++j) outside_sum[j] += outside[j];
+          }
+        }
+        for (int64_t j = 0; j < n; ++j) {
+          const int64_t c = (column + j) / geometry.inner;
+          sums[2 * c] += static_cast<double>(scale_sum[j]);
+          sums[2 * c + 1] += static_cast<double>(outside_sum[j]);
+        }
+      }
+    }
+  });
+}
+
+template <class X, class Y>
+void fake_quantize_backward_channels(const FakeQuantizeCall& call, int64_t begin, int64_t end, double* sums) {
+  using C = compute_t<X>;
+  const Geometry& geometry = call.geometry;
+  const int64_t inner = geometry.inner;
+  if (inner >= short_run) return fake_quantize_backward_range<X, Y>(call, begin * inner, end * inner, sums);
+  const Parameters<C> p(call);
+  const X* x = static_cast<const X*>(call.x);
+  const Y* gy = static_cast<const Y*>(call.in);
+  X* gx = static_cast<X*>(call.out);
+  const int64_t per_block = block / inner;
+  by_arithmetic(grid_of<C>(call), [&](const IntegerGrid<C>& grid) __attribute__((always_inline)) {
+    SpreadParameters<C> s;
+    alignas(64) C scale[block], outside[block];
+    for (int64_t c = begin; c < end; c += per_block) {
+      const int64_t channels = std::min(per_block, end - c), i = c * inner;
+      s.fill(geometry, p, i, channels * inner);
+      backward_block<X, Y>(x + i, gy + i, gx + i, channels * inner, grid, s, p.zero != nullptr, scale, outside);
+      for (int64_t k = 0; k < channels; ++k) {
+        sums[2 * (c + k)] += fold_short(scale + k * inner, inner);
+        if (p.zero) sums[2 * (c + k) + 1] += fold_short(outside + k * inner, inner);
+      }
+    }
+  });
+}
+
+// Largest magnitude of n elements and `so_far`; any order gives the same, and NaN wins.
+template <class X>
+FASTFLAT_HD double absmax_run(const X* __restrict x, int64_t n, double so_far) {
+  using C = compute_t<X>;
+  alignas(64) C lane[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    for (int l = 0; l < lanes; ++l) lane[l] = larger_magnitude<C>(lane[l], std::fabs(load(x[i + l])));
+  }
+  for (int l = 0; l < n - i; ++l) lane[l] = larger_magnitude<C>(lane[l], std::fabs(load(x[i + l])));
+  C largest = static_cast<C>(so_far);
+  for (int l = 0; l < lanes; ++l) largest = larger_magnitude<C>(largest, lane[l]);
+  return static_cast<double>(largest);
+}
+
+template <class X>
+void fake_quantize_absmax_range(const FakeQuantizeCall& call, int64_t begin, int64_t end, double* absmax) {
+  using C = compute_t<X>;
+  const Geometry& geometry = call.geometry;
+  const X* __restrict x = static_cast<const X*>(call.x);
+  if (geometry.inner == 1 && geometry.channels > 1) {
+    alignas(64) C largest[block];
+    for (int64_t column = 0; column < geometry.channels; column += block) {
+      const int64_t n = std::min(block, geometry.channels - column);
+      std::fill_n(largest, n, C(0));
+      for (int64_t i = begin + column; i < end; i += geometry.channels) {
+        for (int64_t j = 0; j < n; ++j) largest[j] = larger_magnitude<C>(largest[j], std::fabs(load(x[i + j])));
+      }
+      for (int64_t j = 0; j < n; ++j) absmax[column + j] = larger_magnitude<double>(absmax[column + j], largest[j]);
+    }
+    return;
+  }
+  for_runs(geometry, begin, end, [&](int64_t i, int64_t n, int64_t c) { absmax[c] = absmax_run(x + i, n, absmax[c]); });
+}
+
+template <class X>
+void fake_quantize_absmax_channels(const FakeQuantizeCall& call, int64_t begin, int64_t end, double* absmax) {
+  fake_quantize_absmax_range<X>(call, begin * call.geometry.inner, end * call.geometry.inner, absmax);
+}
+
+// In the order of Pair and Storage (core/storage.h).
+#define FASTFLAT_PAIRS(f) \
+  {f<float, float>, f<BFloat16, BFloat16>, f<Half, Half>, f<double, double>, f<float, BFloat16>, f<float, Half>}
+#define FASTFLAT_STORAGES(f) {f<float>, f<BFloat16>, f<Half>, f<double>}
+
+template <class X, class Y>
+constexpr auto tangent_of_data = fake_quantize_tangent<X, X, Y>;
+template <class X, class Y>
+constexpr auto tangent_of_result = fake_quantize_tangent<X, Y, Y>;
+
+const FakeQuantizeLoops fake_quantize_loops = {
+    FASTFLAT_PAIRS(fake_quantize_forward),
+    FASTFLAT_PAIRS(fake_quantize_backward),
+    FASTFLAT_PAIRS(fake_quantize_backward_channels),
+    FASTFLAT_PAIRS(fake_quantize_backward_range),
+    FASTFLAT_PAIRS(tangent_of_data),
+    FASTFLAT_PAIRS(tangent_of_result),
+    FASTFLAT_STORAGES(fake_quantize_absmax_channels),
+    FASTFLAT_STORAGES(fake_quantize_absmax_range),
+};
+
+#undef FASTFLAT_PAIRS
+#undef FASTFLAT_STORAGES
