@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """fastflat: fused kernels for low-bit, flatness-seeking training in PyTorch."""
 
-from fastflat import functional
+from fastflat import functional, quant
 from fastflat._spec import QuantSpec
 from fastflat.backends import FallbackWarning, backend, backends, choose
 from fastflat.functional import fake_quantize, fake_quantize_dynamic
+from fastflat.quant import calibrate, param_groups, prepare
 
 __version__ = "0.1.0"
 
@@ -13,8 +14,12 @@ __all__ = [
     "QuantSpec",
     "backend",
     "backends",
+    "calibrate",
     "choose",
     "fake_quantize",
     "fake_quantize_dynamic",
     "functional",
+    "param_groups",
+    "prepare",
+    "quant",
 ]

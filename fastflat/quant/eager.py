@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same quantizer without our kernels: as Python code writes it, and by PyTorch's builtin operator.
+
+They are what :class:`fastflat.quant.Quantizer` replaces, and what it is measured against; ``prepare(...,
+quantizer=EagerQuantizer)`` puts them into a model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastflat import _checks
+from fastflat.quant.quantizer import Quantizer
+
+
+class _Round(Function):
+    """Round to even; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _Scaled(Function):
+    """The identity with a factor on its gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+class EagerQuantizer(Quantizer):
+    """Learned step size in plain PyTorch operations, one kernel and one stored tensor each::
+
+        y = round(clamp(x / s, qmin, qmax)) * s
+
+    Gradients as the paper's: those of clamp and of round passed straight through. Symmetric specs, per tensor or per
+    channel, with ``mask="before"`` and ``arithmetic="divide"``.
+    """
+
+    def __init__(self, spec, *args, **kwargs) -> None:
+        super().__init__(spec, *args, **kwargs)
+        _plain(type(self).__name__, spec, mask="before", arithmetic="divide")
+
+    def quantize(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        scale = self.scale
+        if scale.requires_grad:
+            scale = _Scaled.apply(scale, self.spec.grad_factor(x.numel(), max(scale.numel(), 1)))
+        if self.spec.axis is not None:
+            shape = [1] * x.dim()
+            shape[self.spec.axis] = -1
+            scale = scale.view(shape)
+        y = _Round.apply(torch.clamp(x / scale, self.spec.qmin, self.spec.qmax)) * scale
+        return y.to(x.dtype if dtype is None else dtype)
+
+
+class BuiltinQuantizer(Quantizer):
+    """PyTorch's ``torch._fake_quantize_learnable_per_tensor_affine`` and ``..._per_channel_affine``, fp32.
+
+    Its mask is taken after rounding and it multiplies by 1/s, so its numbers differ from the paper's in the last bits.
+    """
+
+    def __init__(self, spec, *args, **kwargs) -> None:
+        super().__init__(spec, *args, **kwargs)
+        _plain(type(self).__name__, spec)
+        self.register_buffer("_zero", torch.zeros_like(self.scale.detach()).reshape(-1), persistent=False)
+
+    def quantize(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        spec, scale = self.spec, self.scale.reshape(-1)
+        factor = spec.grad_factor(x.numel(), scale.numel())
+        kind = x.dtype
+        x = x.float()
+        if spec.axis is None:
+            y = torch._fake_quantize_learnable_per_tensor_affine(x, scale, self._zero, spec.qmin, spec.qmax, factor)
+        else:
+            axis = spec.axis % x.dim()
+            y = torch._fake_quantize_learnable_per_channel_affine(
+                x, scale, self._zero, axis, spec.qmin, spec.qmax, factor
+            )
+        return y.to(kind if dtype is None else dtype)
+
+
+def _plain(label: str, spec, **fields: str) -> None:
+    """Refuse specs that the code above does not compute."""
+    fixed = {"symmetric": True, "group": None, "rounding": "even", **fields}
+    for field, want in fixed.items():
+        if getattr(spec, field) != want:
+            _checks.fail(label, f"spec.{field}", f"be {want!r}", repr(getattr(spec, field)))

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turning an ordinary model into a quantized one: :func:`prepare`; the optimizer's groups: :func:`param_groups`."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from fastflat import _checks
+from fastflat._spec import QuantSpec
+from fastflat.quant.layers import Factory, QuantConv2d, QuantLinear
+from fastflat.quant.quantizer import Quantizer
+
+#: Which layer replaces which. Subclasses are left alone: they may use their weight in their own way.
+LAYERS: dict[type[nn.Module], type] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
+
+#: Bits for one layer: of both sides, or of each (a missing side keeps the spec's).
+Bits = int | Mapping[str, int]
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    weights: QuantSpec | None = None,
+    activations: QuantSpec | None = None,
+    bits: Mapping[str, Bits] | None = None,
+    skip: Sequence[str] = (),
+    quantizer: Factory = Quantizer,
+) -> nn.Module:
+    """Replace every ``nn.Linear`` and ``nn.Conv2d`` of a model by its quantized form, in place.
+
+    Parameters stay the same objects under the same names, so optimizers and checkpoints that hold them go on working;
+    shared layers and tied weights stay shared. Weights' scales are taken from the weights at once; activations' come
+    from data by :func:`fastflat.calibrate`. Everything is checked first: on an error the model is as it was.
+
+    Args:
+        model: any module. If the model itself is a Linear or Conv2d, use the returned one.
+        weights: spec of the weights (``axis=0`` for a scale per output channel); ``None`` leaves them in floats.
+        activations: spec of the layers' inputs; ``None`` leaves them in floats.
+        bits: other bit-widths by layer name: ``{"layer3.*": 2, "head": {"weights": 8, "activations": 4}}``. Patterns
+            are those of ``fnmatch`` on full names (``*`` crosses dots); a later match overrides an earlier one.
+        skip: patterns of layers that stay as they are.
+        quantizer: class of the quantizers; :mod:`fastflat.quant.eager` has others to compare with.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: a pattern matches no layer (the message names close ones), a spec does not fit a layer,
+            or a weight gives no usable scale (NaN, or all zero).
+
+    Example::
+
+        spec = ff.QuantSpec.lsq(bits=4, axis=0)
+        model = ff.prepare(model, weights=spec, activations=ff.QuantSpec.lsq(bits=4, signed=False),
+                           bits={"layer3.*": 2}, skip=("conv1", "fc"))
+    """
+    for name, spec in (("weights", weights), ("activations", activations)):
+        if spec is not None and not isinstance(spec, QuantSpec):
+            _checks.fail("prepare", name, "be a QuantSpec or None", type(spec))
+    if weights is None and activations is None:
+        _checks.fail("prepare", "weights or activations", "be a QuantSpec", "None for both")
+    if isinstance(skip, str):
+        _checks.fail("prepare", "skip", "be a sequence of patterns", repr(skip), f"; write skip=({skip!r},)")
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        _checks.fail("prepare", "model", "have its shapes", "lazy layers", "; run one batch through it first")
+
+    named = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if type(m) in LAYERS]
+    if not named:
+        _checks.fail("prepare", "model", "hold an nn.Linear or nn.Conv2d that is not yet quantized", "none")
+    chosen = _choose([name for name, _ in named], weights, activations, dict(bits or {}), tuple(skip))
+
+    made: dict[int, tuple[str, Any, nn.Module]] = {}
+    for name, module in named:
+        if id(module) not in made:
+            specs = chosen[name]
+            layer = module
+            if specs is not None:
+                layer = LAYERS[type(module)].from_float(module, *specs, quantizer=quantizer, name=name)
+            made[id(module)] = (name, specs, layer)
+        elif made[id(module)][1] != chosen[name]:
+            _checks.fail("prepare", "bits and skip", f"agree for {made[id(module)][0]} and {name}, one shared layer", "two")
+    if all(specs is None for _, specs, _ in made.values()):
+        _checks.fail("prepare", "skip", "leave a layer to quantize", f"all {len(made)} layers skipped")
+
+    for name, module in named:
+        layer = made[id(module)][2]
+        if name == "":
+            model = layer
+        else:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+    model.register_load_state_dict_pre_hook(check_before_load)
+    return model
+
+
+def check_before_load(model: nn.Module, state: dict, prefix: str, *_: Any) -> None:
+    """Hook of prepared models: checks all quantizers' entries of a state_dict before the first one is loaded."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        check = getattr(module, "check_state", None)
+        if check is not None:
+            check(state, f"{prefix}{name}." if name else prefix)
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """The quantizers of a model with their names, shared ones once."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, Quantizer))
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    scale_lr: float | None = None,
+    weight_decay: float = 0.0,
+    decay_norm_and_bias: bool = True,
+) -> list[dict[str, Any]]:
+    """Parameter groups for any ``torch.optim`` optimizer: quantizer scales and zero-points apart, without decay.
+
+    Args:
+        model: the model; only parameters that require a gradient are grouped.
+        lr: learning rate of the weights; ``None`` leaves it to the optimizer's default.
+        scale_lr: learning rate of scales and zero-points; ``None`` means that of the weights.
+        weight_decay: decay of everything but scales and zero-points.
+        decay_norm_and_bias: ``False`` exempts parameters of fewer than two axes too (biases, normalisation).
+
+    Returns:
+        Groups ``"weights"``, ``"norm_and_bias"`` (when exempt) and ``"scales"``, each with a ``"name"``; empty ones
+        are left out.
+
+    Raises:
+        ValueError: a rate or the decay is negative or not finite.
+    """
+    for name, value in (("lr", lr), ("scale_lr", scale_lr), ("weight_decay", weight_decay)):
+        if value is not None and not 0 <= value < float("inf"):
+            _checks.fail("param_groups", name, "be a finite number of at least 0", value)
+    of_scales = {id(p) for _, q in quantizers(model) for p in q.parameters(recurse=False)}
+    members: dict[str, list[nn.Parameter]] = {"weights": [], "norm_and_bias": [], "scales": []}
+    for p in model.parameters():
+        if not p.requires_grad:
+            continue
+        exempt = not decay_norm_and_bias and p.dim() < 2
+        members["scales" if id(p) in of_scales else "norm_and_bias" if exempt else "weights"].append(p)
+    groups = []
+    for name, params in members.items():
+        rate = scale_lr if name == "scales" and scale_lr is not None else lr
+        group = {"name": name, "params": params, "weight_decay": weight_decay if name == "weights" else 0.0}
+        groups += [group if rate is None else {**group, "lr": rate}] if params else []
+    return groups
+
+
+def _choose(
+    names: list[str],
+    weights: QuantSpec | None,
+    activations: QuantSpec | None,
+    bits: dict[str, Bits],
+    skip: tuple[str, ...],
+) -> dict[str, tuple[QuantSpec | None, QuantSpec | None] | None]:
+    """The specs of each layer by name; ``None`` for the skipped."""
+    chosen: dict[str, Any] = {name: (weights, activations) for name in names}
+    for pattern, wanted in bits.items():
+        changed = _with_bits(pattern, wanted, weights, activations)
+        for name in _matching(pattern, names, "bits"):
+            chosen[name] = changed
+    for pattern in skip:
+        for name in _matching(pattern, names, "skip"):
+            chosen[name] = None
+    return chosen
+
+
+def _with_bits(
+    pattern: str, wanted: Bits, weights: QuantSpec | None, activations: QuantSpec | None
+) -> tuple[QuantSpec | None, QuantSpec | None]:
+    sides = {"weights": weights, "activations": activations}
+    if not isinstance(wanted, Mapping):
+        wanted = {side: wanted for side, spec in sides.items() if spec is not None}
+    for side, value in wanted.items():
+        if side not in sides:
+            _checks.fail("prepare", f"bits[{pattern!r}]", "have the keys weights and activations", repr(side))
+        if sides[side] is None:
+            hint = f"; pass {side}=QuantSpec(...)"
+            _checks.fail("prepare", f"bits[{pattern!r}]", f"leave out {side}, which have no spec", repr(value), hint)
+        try:
+            sides[side] = sides[side].replace(bits=value)
+        except ValueError as error:
+            raise ValueError(f"fastflat::prepare: bits[{pattern!r}] for {side}: {error}") from None
+    return sides["weights"], sides["activations"]
+
+
+def _matching(pattern: str, names: list[str], argument: str) -> list[str]:
+    """Names that the pattern matches; an error that tells close ones if there are none."""
+    found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if found:
+        return found
+    if any(name.startswith(pattern + ".") for name in names):
+        hint = f"; for the layers inside write {pattern + '.*'!r}"
+    else:
+        close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
+        hint = "; close names: " + ", ".join(close)
+    _checks.fail("prepare", argument, "match the name of a Linear or Conv2d", repr(pattern), hint)
+    return []

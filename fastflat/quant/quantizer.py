@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One quantizer as a module: a spec, its scale, and (for affine specs) its zero-point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastflat import _checks
+from fastflat._ops import compute_dtype, scale_shape
+from fastflat._spec import QuantSpec
+from fastflat.functional import fake_quantize
+from fastflat.quant import _initial
+
+
+class Quantizer(nn.Module):
+    """``y = fake_quantize(x, scale, zero_point, spec=spec)`` with state.
+
+    ``scale`` (and ``zero_point``, for ``spec.symmetric=False``) is an ``nn.Parameter`` with ``estimator="lsq"`` and a
+    buffer with ``"ste"``. A new quantizer has no scale yet: the tensor holds ones and a forward call raises, until
+    :meth:`initialise_from`, :meth:`set_scale`, :func:`fastflat.calibrate` or ``load_state_dict`` gives it one. Values
+    are checked there and never in ``forward``, which does not synchronise with the device. Training and evaluation
+    mode compute the same: hard rounding.
+
+    Args:
+        spec: the quantizer.
+        shape: shape of the scale: ``()`` per tensor, ``(C,)`` per channel, ``(..., K/group)`` in groups.
+        device, dtype: of the scale; float32, or float64 for float64 data.
+
+    Attributes:
+        enabled: ``False`` lets x pass unquantized.
+        calibrated: whether there is a scale.
+        name: where the module sits in its model, for error messages; :func:`fastflat.prepare` sets it.
+
+    Raises:
+        TypeError, ValueError: spec is not a QuantSpec, or shape does not fit it.
+    """
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        shape: Sequence[int] = (),
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if not isinstance(spec, QuantSpec):
+            _checks.fail("Quantizer", "spec", "be a QuantSpec", type(spec))
+        shape = tuple(shape)
+        if spec.group is None and len(shape) != (spec.axis is not None):
+            want = "have no axis: the spec has one scale" if spec.axis is None else "be (C,): the spec has an axis"
+            _checks.fail("Quantizer", "shape", want, shape)
+        self.spec = spec
+        self.enabled = True
+        self.name = ""
+        self._calibrated = False
+        self._hold("scale", torch.ones(shape, device=device, dtype=dtype))
+        self._hold("zero_point", None if spec.symmetric else torch.zeros(shape, device=device, dtype=dtype))
+        self.register_buffer("initialised", torch.zeros((), dtype=torch.bool, device=device))
+
+    @classmethod
+    def like(cls, x: Tensor, spec: QuantSpec) -> Quantizer:
+        """A quantizer whose scale has the shape, device and type that x asks for; without a scale yet."""
+        _checks.data("Quantizer.like", x, spec)
+        shape = scale_shape(x.shape, _checks.axis_of(spec, x.dim()), spec.group or 0)
+        return cls(spec, shape, device=x.device, dtype=compute_dtype(x.dtype))
+
+    def _hold(self, name: str, value: Tensor | None) -> None:
+        if self.spec.estimator == "lsq":
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    @property
+    def calibrated(self) -> bool:
+        return self._calibrated
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Quantize x, and cast the result to ``dtype`` in the same pass if one is given."""
+        if not self.enabled:
+            return x if dtype is None else x.to(dtype)
+        if not self._calibrated:
+            raise RuntimeError(
+                f"fastflat: quantizer {self.name or '(unnamed)'} has no scale yet; call fastflat.calibrate(model, batches)"
+            )
+        return self.quantize(x, dtype)
+
+    def quantize(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The quantization itself; other implementations of the same rule override it."""
+        return fake_quantize(x, self.scale, self.zero_point, spec=self.spec, dtype=dtype)
+
+    @torch.no_grad()
+    def initialise_from(self, x: Tensor, method: str | None = None) -> None:
+        """Take scale and zero-point from x by one of :data:`fastflat.quant.METHODS`; the default follows the spec.
+
+        Raises:
+            ValueError: x gives a scale that is zero or not finite. The old scale stays.
+        """
+        self.set_scale(*_initial.scale_from(x, self.spec, method, self.label))
+
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Set scale and zero-point (broadcast to their shape) after a check of their values.
+
+        Raises:
+            ValueError: a scale is zero, negative or not finite, or a zero-point is not finite.
+        """
+        scale = torch.as_tensor(scale, dtype=self.scale.dtype, device=self.scale.device).expand_as(self.scale)
+        self.check_values({"scale": scale, "zero_point": zero_point}, self.label)
+        if zero_point is not None:
+            if self.zero_point is None:
+                _checks.fail(self.label, "zero_point", "be None with spec.symmetric=True", "a tensor")
+            self.zero_point.copy_(torch.as_tensor(zero_point).expand_as(self.zero_point))
+        self.scale.copy_(scale)
+        self.initialised.fill_(True)
+        self._calibrated = True
+
+    @property
+    def label(self) -> str:
+        """The name that error messages use in place of an op's."""
+        return self.name or type(self).__name__
+
+    @staticmethod
+    def check_values(state: dict[str, Tensor | None], label: str) -> None:
+        """Raise the one-line error if a scale is not positive and finite or a zero-point is not finite."""
+        _checks.scale_values(label, torch.as_tensor(state["scale"]))
+        zero_point = state.get("zero_point")
+        if zero_point is not None and not bool(torch.isfinite(torch.as_tensor(zero_point)).all()):
+            _checks.fail(label, "zero_point", "be finite", "nan or inf")
+
+    def check_state(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Check the entries of a state_dict that belong to this quantizer, before any of them is loaded."""
+        own = {key: state[prefix + key] for key in ("scale", "zero_point", "initialised") if prefix + key in state}
+        label = prefix.rstrip(".") or self.label
+        for key in own.keys() & {"scale", "zero_point"}:
+            mine = getattr(self, key)
+            if mine is not None and tuple(own[key].shape) != tuple(mine.shape):
+                _checks.fail(label, key, f"have shape {list(mine.shape)}", list(own[key].shape))
+        if "scale" in own and bool(own.get("initialised", True)):
+            self.check_values(own, label)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        self.check_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if prefix + "scale" in state_dict:
+            self._calibrated = bool(state_dict.get(prefix + "initialised", True))
+            self.initialised.fill_(self._calibrated)
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        parts = [f"{spec.bits} bits", "signed" if spec.signed else "unsigned", spec.estimator]
+        if spec.group is not None:
+            parts.append(f"groups of {spec.group}")
+        elif spec.axis is not None:
+            parts.append(f"{self.scale.numel()} channels on axis {spec.axis}")
+        if not spec.symmetric:
+            parts.append("zero-point")
+        if not self.calibrated:
+            parts.append("no scale yet")
+        if not self.enabled:
+            parts.append("off")
+        return ", ".join(parts)

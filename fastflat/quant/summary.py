@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quantized model's layers hold: bits, scales, clipping, used codes and quantization error of the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastflat.quant.layers import _QuantLayer
+from fastflat.quant.quantizer import Quantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSummary:
+    """One layer. Fields of a side that stays in floats are ``None``.
+
+    Attributes:
+        name, kind: the layer's name and class.
+        parameters: elements of the weight.
+        weight_bits, activation_bits: widths of the grids.
+        weight_scale: mean scale of the weight, ``weight_scale_range`` the least and the greatest.
+        activation_scale: mean scale of the input.
+        clipped: share of the weights whose code was beyond the grid's ends.
+        snr: ``10 log10(sum w^2 / sum (Q(w) - w)^2)`` in dB; infinite where the grid represents the weights exactly.
+        codes: number of weights on each code from qmin to qmax (grids of up to 8 bits).
+        lowest: the code of the first entry of ``codes``.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    weight_scale: float | None = None
+    weight_scale_range: tuple[float, float] | None = None
+    activation_scale: float | None = None
+    clipped: float | None = None
+    snr: float | None = None
+    codes: tuple[int, ...] | None = None
+    lowest: int | None = None
+
+
+@torch.no_grad()
+def summary(model: nn.Module) -> list[LayerSummary]:
+    """One row for each Linear and Conv2d of the model, quantized or not, in the order of the model's modules."""
+    return [_row(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+
+
+def _row(name: str, layer: nn.Module) -> LayerSummary:
+    row = LayerSummary(name, type(layer).__name__, layer.weight.numel())
+    if not isinstance(layer, _QuantLayer):
+        return row
+    of_input, of_weight = layer.input_quantizer, layer.weight_quantizer
+    if of_input is not None:
+        known = float(of_input.scale.mean()) if of_input.calibrated else None
+        row = dataclasses.replace(row, activation_bits=of_input.spec.bits, activation_scale=known)
+    if of_weight is None or not of_weight.calibrated:
+        return row
+    spec, scale = of_weight.spec, of_weight.scale
+    clipped, codes = _codes(layer.weight, of_weight)
+    return dataclasses.replace(
+        row,
+        weight_bits=spec.bits,
+        weight_scale=float(scale.mean()),
+        weight_scale_range=(float(scale.min()), float(scale.max())),
+        clipped=clipped,
+        snr=_snr(layer.weight, layer.quantized_weight()),
+        codes=codes,
+        lowest=spec.qmin if codes is not None else None,
+    )
+
+
+def _codes(weight: Tensor, quantizer: Quantizer) -> tuple[float, tuple[int, ...] | None]:
+    """Share of clipped weights, and the histogram of the codes."""
+    spec = quantizer.spec
+    steps = weight.double() / _spread(quantizer.scale, weight, quantizer).clamp(min=spec.eps)
+    if quantizer.zero_point is not None:
+        steps = steps + _spread(quantizer.zero_point, weight, quantizer)
+    codes = steps.round()
+    clipped = float(((codes < spec.qmin) | (codes > spec.qmax)).double().mean()) if weight.numel() else 0.0
+    if spec.bits > 8:
+        return clipped, None
+    counts = torch.bincount((codes.clamp(spec.qmin, spec.qmax) - spec.qmin).long().flatten())
+    counts = nn.functional.pad(counts, (0, spec.qmax - spec.qmin + 1 - counts.numel()))
+    return clipped, tuple(counts.tolist())
+
+
+def _spread(p: Tensor, weight: Tensor, quantizer: Quantizer) -> Tensor:
+    """A parameter of the scales in a shape that broadcasts against the weight."""
+    spec, p = quantizer.spec, p.double()
+    if spec.group is not None:
+        return p.repeat_interleave(spec.group, dim=-1)
+    if spec.axis is None:
+        return p
+    shape = [1] * weight.dim()
+    shape[spec.axis] = -1
+    return p.view(shape)
+
+
+def _snr(weight: Tensor, quantized: Tensor) -> float:
+    signal = float(weight.double().square().sum())
+    noise = float((quantized.double() - weight.double()).square().sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
