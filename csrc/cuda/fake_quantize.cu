@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/fake_quantize.h"
+
+#include "cuda/map.cuh"
+#include "math/convert.h"
+#include "math/fake_quantize.h"
+#include "cuda/reduce.cuh"
+#include "cuda/resident.cuh"
+
+namespace fastflat::cuda {
+namespace {
+
+template <class C>
+struct Quantize {
+  using Compute = C;
+  IntegerGrid<C> grid;
+  const C* scale;
+  const C* zero_point;
+
+  explicit Quantize(const Quantizer& q)
+      : grid(IntegerGrid<C>::make(q.qmin, q.qmax, q.eps, q.factor, q.rules)),
+        scale(static_cast<const C*>(q.scale)),
+        zero_point(static_cast<const C*>(q.zero_point)) {}
+
+  __device__ __forceinline__ QuantGroup<C> group(int64_t channel) const {
+    const C s = load_parameter(scale, channel);
+    return zero_point ? grid.group(s, load_parameter(zero_point, channel)) : grid.group(s);
+  }
+};
+
+template <class C>
+struct Forward : Quantize<C> {
+  using Quantize<C>::Quantize;
+
+  template <class X, class Y>
+  __device__ __forceinline__ void operator()(const QuantGroup<C>& group, X x, Y& y) const {
+    y = store<Y>(this->grid.forward(load(x), group));
+  }
+};
+
+template <class C>
+struct StraightThrough : Quantize<C> {
+  using Quantize<C>::Quantize;
+
+  template <class Y, class X>
+  __device__ __forceinline__ void operator()(const QuantGroup<C>& group, Y gy, X x, X& gx) const {
+    gx = store<X>(this->grid.backward(load(gy), load(x), group).x);
+  }
+};
+
+template <class C>
+struct Backward : Quantize<C> {
+  static constexpr int sums = 2;
+  C* gs;
+  C* gz;
+
+  Backward(const Quantizer& q, void* scale_gradient, void* zero_gradient)
+      : Quantize<C>(q), gs(static_cast<C*>(scale_gradient)), gz(static_cast<C*>(zero_gradient)) {}
+
+  template <class T>
+  __device__ __forceinline__ static T combine(T a, T b) {
+    return a + b;
+  }
+
+  template <class Y, class X>
+  __device__ __forceinline__ void operator()(const QuantGroup<C>& group, Sums<C, 2>& sum, Y gy, X x, X& gx) const {
+    const auto gradient = this->grid.backward(load(gy), load(x), group);
+    gx = store<X>(gradient.x);
+    sum.v[0] = combine(sum.v[0], gradient.scale);
+    sum.v[1] = combine(sum.v[1], gradient.outside);
+  }
+
+  __device__ __forceinline__ void finish(int64_t channel, const Sums<double, 2>& sum) const {
+    gs[channel] = this->grid.scale_gradient(static_cast<C>(sum.v[0]));
+    if (gz) gz[channel] = this->grid.zero_gradient(static_cast<C>(sum.v[1]), this->group(channel));
+  }
+};
+
+template <class C>
+struct Tangent : Quantize<C> {
+  struct Group {
+    QuantGroup<C> of;
+    C ts, tz;
+  };
+  const C* ts;
+  const C* tz;
+
+  Tangent(const Quantizer& q, const void* scale_tangent, const void* zero_tangent)
+      : Quantize<C>(q), ts(static_cast<const C*>(scale_tangent)), tz(static_cast<const C*>(zero_tangent)) {}
+
+  __device__ __forceinline__ Group group(int64_t channel) const {
+    return {Quantize<C>::group(channel), ts ? load_parameter(ts, channel) : C(0),
+            tz ? load_parameter(tz, channel) : C(0)};
+  }
+
+  template <class T, class X, class Y>
+  __device__ __forceinline__ void operator()(const Group& group, T tx, X x, Y& y) const {
+    y = store<Y>(this->grid.tangent(load(tx), group.ts, group.tz, load(x), group.of));
+  }
+};
+
+// The largest magnitude of a run, as its scale; alone (reduce) or followed by the quantization (resident).
+template <class C>
+struct AbsMax : Forward<C> {
+  static constexpr int sums = 1;
+  C* result;
+
+  AbsMax(const Quantizer& q, void* scale) : Forward<C>(q), result(static_cast<C*>(scale)) {}
+
+  template <class T>
+  __device__ __forceinline__ static T combine(T a, T b) {
+    return larger_magnitude(a, b);
+  }
+
+  template <class X>
+  __device__ __forceinline__ C measure(X x) const {
+    return std::fabs(load(x));
+  }
+
+  __device__ __forceinline__ int group(int64_t) const { return 0; }
+  __device__ __forceinline__ QuantGroup<C> group(int64_t, C absmax) const {
+    return this->grid.group(absmax_scale(absmax, this->grid.qmax));
+  }
+
+  using Forward<C>::operator();
+  template <class X>
+  __device__ __forceinline__ void operator()(int, Sums<C, 1>& sum, X x) const {
+    sum.v[0] = combine(sum.v[0], measure(x));
+  }
+
+  __device__ __forceinline__ void finish(int64_t channel, const Sums<double, 1>& sum) const {
+    result[channel] = absmax_scale(static_cast<C>(sum.v[0]), this->grid.qmax);
+  }
+};
+
+template <class T>
+struct Type {
+  using type = T;
+};
+template <class Tag>
+using type_of = typename Tag::type;
+
+// Calls f(Type<X>, Type<Y>) for the storage types of data and result.
+template <class F>
+cudaError_t with_types(Pair pair, F&& f) {
+  switch (pair) {
+    case f32_f32:
+      return f(Type<float>{}, Type<float>{});
+    case bf16_bf16:
+      return f(Type<BFloat16>{}, Type<BFloat16>{});
+    case f16_f16:
+      return f(Type<Half>{}, Type<Half>{});
+    case f64_f64:
+      return f(Type<double>{}, Type<double>{});
+    case f32_bf16:
+      return f(Type<float>{}, Type<BFloat16>{});
+    case f32_f16:
+      return f(Type<float>{}, Type<Half>{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <class T>
+const T* input(const void* pointer) {
+  return static_cast<const T*>(pointer);
+}
+template <class T>
+T* output(void* pointer) {
+  return static_cast<T*>(pointer);
+}
+cudaStream_t native(StreamHandle stream) { return static_cast<cudaStream_t>(stream); }
+
+}  // namespace
+
+ErrorCode launch_fake_quantize(Pair pair, const Geometry& g, const Quantizer& quantizer, const void* x, void* y,
+                               StreamHandle stream) {
+  return with_types(pair, [&](auto data, auto result) {
+    using X = type_of<decltype(data)>;
+    using Y = type_of<decltype(result)>;
+    return launch_map<pack_width<X, Y>>(g, Forward<compute_t<X>>(quantizer), streams(input<X>(x)),
+                                        streams(output<Y>(y)), native(stream));
+  });
+}
+
+ErrorCode launch_fake_quantize_ste(Pair pair, const Geometry& g, const Quantizer& quantizer, const void* gy,
+                                   const void* x, void* gx, StreamHandle stream) {
+  return with_types(pair, [&](auto data, auto result) {
+    using X = type_of<decltype(data)>;
+    using Y = type_of<decltype(result)>;
+    return launch_map<pack_width<X, Y>>(g, StraightThrough<compute_t<X>>(quantizer),
+                                        streams(input<Y>(gy), input<X>(x)), streams(output<X>(gx)), native(stream));
+  });
+}
+
+ErrorCode launch_fake_quantize_bwd(Pair pair, const Geometry& g, const Quantizer& quantizer, const void* gy,
+                                   const void* x, void* gx, void* gs, void* gz, void* workspace, StreamHandle stream) {
+  return with_types(pair, [&](auto data, auto result) {
+    using X = type_of<decltype(data)>;
+    using Y = type_of<decltype(result)>;
+    return launch_reduce<pack_width<X, Y>>(g, Backward<compute_t<X>>(quantizer, gs, gz),
+                                           streams(input<Y>(gy), input<X>(x)), streams(output<X>(gx)), workspace,
+                                           native(stream));
+  });
+}
+
+int64_t fake_quantize_bwd_workspace(Pair pair, const Geometry& g) {
+  int64_t bytes = 0;
+  with_types(pair, [&](auto data, auto result) {
+    using X = type_of<decltype(data)>;
+    using Y = type_of<decltype(result)>;
+    bytes = reduce_workspace<pack_width<X, Y>, Backward<compute_t<X>>>(g);
+    return cudaSuccess;
+  });
+  return bytes;
+}
+
+ErrorCode launch_fake_quantize_jvp(Pair pair, bool tangent_of_result, const Geometry& g, const Quantizer& quantizer,
+                                   const void* tx, const void* ts, const void* tz, const void* x, void* ty,
+                                   StreamHandle stream) {
+  return with_types(pair, [&](auto data, auto result) {
+    using X = type_of<decltype(data)>;
+    using Y = type_of<decltype(result)>;
+    const auto run = [&](auto tangent) {
+      using T = type_of<decltype(tangent)>;
+      return launch_map<pack_width<X, Y>>(g, Tangent<compute_t<X>>(quantizer, ts, tz),
+                                          streams(Optional<T>{input<T>(tx)}, input<X>(x)), streams(output<Y>(ty)),
+                                          native(stream));
+    };
+    return tangent_of_result ? run(result) : run(data);
+  });
+}
+
+ErrorCode launch_fake_quantize_absmax(Pair pair, const Geometry& g, const Quantizer& quantizer, const void* x, void* y,
+                                      void* scale, void* workspace, StreamHandle stream) {
+  Quantizer dynamic = quantizer;
+  dynamic.scale = scale;
+  dynamic.zero_point = nullptr;
+  return with_types(pair, [&](auto data, auto result) -> cudaError_t {
+    using X = type_of<decltype(data)>;
+    using Y = type_of<decltype(result)>;
+    using C = compute_t<X>;
+    constexpr int pack = pack_width<X, Y>;
+    const AbsMax<C> absmax(dynamic, scale);
+    if (const int team = resident_team(g, pack)) {
+      return launch_resident<pack>(g, team, absmax, input<X>(x), output<Y>(y), native(stream));
+    }
+    const cudaError_t error =
+        launch_reduce<pack_width<X>>(g, absmax, streams(input<X>(x)), streams(), workspace, native(stream));
+    if (error != cudaSuccess) return error;
+    return launch_map<pack>(g, Forward<C>(dynamic), streams(input<X>(x)), streams(output<Y>(y)), native(stream));
+  });
+}
+
+int64_t fake_quantize_absmax_workspace(Pair pair, const Geometry& g) {
+  int64_t bytes = 0;
+  with_types(pair, [&](auto data, auto result) {
+    using X = type_of<decltype(data)>;
+    if (!resident_team(g, pack_width<X, type_of<decltype(result)>>)) {
+      bytes = reduce_workspace<pack_width<X>, AbsMax<compute_t<X>>>(g);
+    }
+    return cudaSuccess;
+  });
+  return bytes;
+}
+
+}  // namespace fastflat::cuda

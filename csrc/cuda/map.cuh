@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// Skeleton: n streams in, m streams out, element by element, each element with the parameters of its scale.
+//
+// A functor has
+//   auto group(int64_t channel) const                                   the parameters of one scale
+//   void operator()(const Group&, inputs..., outputs&...) const         one element, in storage types
+#pragma once
+
+#include "cuda/launch.cuh"
+
+namespace fastflat::cuda {
+
+inline constexpr int kPacksPerThread = 2;  // loads in flight before the first store; more cost registers
+
+template <int N, class F, class In, class Out>
+__global__ void __launch_bounds__(kBlock) map_kernel(int64_t n, Geometry g, F f, In in, Out out) {
+  const int64_t base = static_cast<int64_t>(blockIdx.x) * (kBlock * kPacksPerThread * N);
+  const Range all{0, n};
+  const Locator locate(g, base);
+  const bool one_scale_a_pack = g.channels == 1 || g.inner % N == 0;
+
+  decltype(load_packs<N>(in, base, all)) loaded[kPacksPerThread];
+#pragma unroll
+  for (int v = 0; v < kPacksPerThread; ++v) {
+    loaded[v] = load_packs<N>(in, base + (v * kBlock + static_cast<int>(threadIdx.x)) * N, all);
+  }
+  auto group = f.group(locate.base.channel);
+#pragma unroll
+  for (int v = 0; v < kPacksPerThread; ++v) {
+    const int local = (v * kBlock + static_cast<int>(threadIdx.x)) * N;
+    if (base + local >= n) return;
+    Position position = locate.base;
+    if (g.channels > 1) {
+      position = locate.at(local);
+      group = f.group(position.channel);
+    }
+    packs_of<N, Out> result;
+    if (one_scale_a_pack) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) apply(f, i, loaded[v], result, group);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i > 0 && position.advance(g)) group = f.group(position.channel);
+        apply(f, i, loaded[v], result, group);
+      }
+    }
+    store_packs(out, base + local, all, result);
+  }
+}
+
+template <int N, class F, class In, class Out>
+cudaError_t launch_map(const Geometry& g, const F& f, const In& in, const Out& out, cudaStream_t stream) {
+  const int64_t n = g.numel();
+  if (n == 0) return cudaSuccess;
+  if (!aligned(in) || !aligned(out)) return cudaErrorMisalignedAddress;
+  const int64_t blocks = ceil_div(n, kBlock * kPacksPerThread * N);
+  return launch(map_kernel<N, F, In, Out>, blocks, kBlock, stream, n, g, f, in, out);
+}
+
+}  // namespace fastflat::cuda

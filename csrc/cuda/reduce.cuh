@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// Skeleton: n streams in, m streams out and, in the same pass, K sums (or maxima) over the elements of each scale.
+// Partial results go to a workspace and a second kernel combines them in a fixed order, in fp64: no atomics.
+//
+// A functor has
+//   using Compute; static constexpr int sums = K;
+//   auto group(int64_t channel) const
+//   void operator()(const Group&, Sums<Compute, K>&, inputs..., outputs&...) const
+//   static T combine(T a, T b) const                                    for T = Compute and double
+//   void finish(int64_t channel, const Sums<double, K>&) const          writes the results of one scale
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/reduce_plan.h"
+
+namespace fastflat::cuda {
+
+template <class T, int K>
+struct Sums {
+  T v[K];
+};
+
+// Combines over the threads of a team (a power of two up to a warp, or all threads of the block); each of them gets the
+// result. One call a kernel: the shared array is not guarded for reuse.
+template <class F, class T, int K>
+__device__ __forceinline__ void combine_team(Sums<T, K>& sums, int team) {
+  __shared__ T of_warp[K][kWarp];
+  for (int distance = (team < kWarp ? team : kWarp) / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) sums.v[k] = F::combine(sums.v[k], __shfl_xor_sync(0xffffffffu, sums.v[k], distance));
+  }
+  if (team <= kWarp) return;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) of_warp[k][warp] = sums.v[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    sums.v[k] = of_warp[k][0];
+    for (int w = 1; w < team / kWarp; ++w) sums.v[k] = F::combine(sums.v[k], of_warp[k][w]);
+  }
+}
+
+template <int K, class T>
+__device__ __forceinline__ Sums<double, K> widen(const Sums<T, K>& sums) {
+  Sums<double, K> wide;
+#pragma unroll
+  for (int k = 0; k < K; ++k) wide.v[k] = static_cast<double>(sums.v[k]);
+  return wide;
+}
+
+// Long runs of one scale: a team of threads walks [begin, end) pack by pack; the packs that overlap its ends are read
+// element by element, so that odd sizes stay wide in the middle.
+template <int N, class F, class In, class Out>
+__global__ void __launch_bounds__(kBlock) reduce_runs_kernel(int64_t, Geometry g, ReducePlan p, F f, In in,
+                                                             Out out, typename F::Compute* partials) {
+  const int teams = kBlock / p.team;
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * teams + static_cast<int>(threadIdx.x) / p.team;
+  const int rank = static_cast<int>(threadIdx.x) % p.team;
+  const bool busy = unit < g.channels * p.parts;
+  const int64_t part = unit / g.channels;  // neighbouring teams take neighbouring scales: neighbouring memory
+  const int64_t channel = unit % g.channels;
+  Sums<typename F::Compute, F::sums> sums{};
+  if (busy) {
+    const int64_t first = part / p.chunks_per_run * p.rows;
+    const int64_t last = least(first + p.rows, g.outer);
+    const int64_t skip = part % p.chunks_per_run * p.chunk;
+    const auto group = f.group(channel);
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t run = (row * g.channels + channel) * g.inner;
+      const Range piece{run + skip, least(run + skip + p.chunk, run + g.inner)};
+      for (int64_t at = (piece.begin / N + rank) * N; at < piece.end; at += static_cast<int64_t>(p.team) * N) {
+        const auto loaded = load_packs<N>(in, at, piece);
+        packs_of<N, Out> result;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          if (piece.holds(at + i)) apply(f, i, loaded, result, group, sums);
+        }
+        store_packs(out, at, piece, result);
+      }
+    }
+  }
+  combine_team<F>(sums, p.team);
+  if (!busy || rank != 0) return;
+  if (p.direct(g)) {
+    f.finish(channel, widen(sums));
+  } else {
+#pragma unroll
+    for (int k = 0; k < F::sums; ++k) {
+      partials[k * p.partials() + part * p.width + channel] = sums.v[k];
+      emulator::count_written(sizeof(sums.v[k]));
+    }
+  }
+}
+
+// Scales that alternate along memory (channels last, short runs): a thread owns N neighbouring columns of the matrix
+// [rows, width], whose scales never change, and walks down its share of the rows.
+template <int N, class F, class In, class Out>
+__global__ void __launch_bounds__(kBlock) reduce_columns_kernel(int64_t n, Geometry g, ReducePlan p, F f, In in,
+                                                                Out out, typename F::Compute* partials) {
+  using C = typename F::Compute;
+  const int64_t column_blocks = ceil_div(p.width, kBlock * N);
+  const int64_t part = blockIdx.x / column_blocks;
+  const int64_t column = (blockIdx.x % column_blocks * kBlock + threadIdx.x) * N;
+  if (column >= p.width) return;
+  decltype(f.group(0)) group[N];
+  Position position = Locator(g, column).base;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    group[i] = f.group(position.channel);
+    position.advance(g);
+  }
+  Sums<C, F::sums> sums[N]{};
+  const Range all{0, n};
+  for (int64_t row = part * p.rows; row < (part + 1) * p.rows; ++row) {
+    const int64_t at = row * p.width + column;
+    if (at >= all.end) break;
+    const auto loaded = load_packs<N>(in, at, all);
+    packs_of<N, Out> result;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (all.holds(at + i)) apply(f, i, loaded, result, group[i], sums[i]);
+    }
+    store_packs(out, at, all, result);
+  }
+  if (p.direct(g)) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) f.finish(column + i, widen(sums[i]));
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < F::sums; ++k) {
+    Pack<C, N> row;
+#pragma unroll
+    for (int i = 0; i < N; ++i) row.v[i] = sums[i].v[k];
+    const int64_t at = k * p.partials() + part * p.width + column;
+    store_pack(partials, at, Range{at, at + N}, row);
+  }
+}
+
+// The second pass: `columns` scales a block, the rest of its threads over the partial results of each.
+template <class F>
+__global__ void __launch_bounds__(kBlock) reduce_finish_kernel(Geometry g, ReducePlan p, F f, int columns,
+                                                               const typename F::Compute* partials) {
+  __shared__ double of_thread[F::sums][kBlock];
+  const int column = static_cast<int>(threadIdx.x) % columns;
+  const int lane = static_cast<int>(threadIdx.x) / columns;
+  const int lanes = kBlock / columns;
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * columns + column;
+  const int64_t inner = p.columns ? g.inner : 1;
+  const int64_t terms = channel < g.channels ? p.parts * p.fold * inner : 0;
+  Sums<double, F::sums> sums{};
+  for (int64_t t = lane; t < terms; t += lanes) {
+    const int64_t period = t / inner;  // part * fold + period within the row
+    const int64_t at = (period * g.channels + channel) * inner + t % inner;
+#pragma unroll
+    for (int k = 0; k < F::sums; ++k) {
+      sums.v[k] = F::combine(sums.v[k], static_cast<double>(partials[k * p.partials() + at]));
+      emulator::count_read(sizeof(partials[0]));
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < F::sums; ++k) of_thread[k][threadIdx.x] = sums.v[k];
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    __syncthreads();
+    if (lane >= distance) continue;
+#pragma unroll
+    for (int k = 0; k < F::sums; ++k) {
+      of_thread[k][threadIdx.x] = F::combine(of_thread[k][threadIdx.x], of_thread[k][threadIdx.x + distance * columns]);
+    }
+  }
+  if (lane != 0 || channel >= g.channels) return;
+#pragma unroll
+  for (int k = 0; k < F::sums; ++k) sums.v[k] = of_thread[k][threadIdx.x];
+  f.finish(channel, sums);
+}
+
+// For an empty tensor every sum is 0 and still written.
+template <int N, class F, class In, class Out>
+cudaError_t launch_reduce(const Geometry& g, const F& f, const In& in, const Out& out, void* workspace,
+                          cudaStream_t stream) {
+  if (g.channels == 0) return cudaSuccess;
+  if (!aligned(in) || !aligned(out)) return cudaErrorMisalignedAddress;
+  auto* partials = static_cast<typename F::Compute*>(workspace);
+  ReducePlan p{};
+  if (g.numel() > 0) {
+    p = plan_reduce(g, N);
+    if (!p.direct(g) && !workspace) return cudaErrorInvalidValue;
+    const int64_t blocks = p.columns ? p.parts * ceil_div(p.width, kBlock * N)
+                                     : ceil_div(g.channels * p.parts, kBlock / p.team);
+    const auto kernel = p.columns ? reduce_columns_kernel<N, F, In, Out> : reduce_runs_kernel<N, F, In, Out>;
+    const cudaError_t error = launch(kernel, blocks, kBlock, stream, g.numel(), g, p, f, in, out, partials);
+    if (error != cudaSuccess || p.direct(g)) return error;
+  }
+  int columns = 1;
+  while (columns < kWarp && columns < g.channels) columns *= 2;
+  return launch(reduce_finish_kernel<F>, ceil_div(g.channels, columns), kBlock, stream, g, p, f, columns, partials);
+}
+
+template <int N, class F>
+int64_t reduce_workspace(const Geometry& g) {
+  if (g.numel() == 0) return 0;
+  const ReducePlan p = plan_reduce(g, N);
+  return p.direct(g) ? 0 : F::sums * p.partials() * static_cast<int64_t>(sizeof(typename F::Compute));
+}
+
+}  // namespace fastflat::cuda

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// Skeleton: a value of the whole run of each scale (a maximum, say) and then a map that uses it, with the run held in
+// registers in between: every element is read once and written once.
+//
+// A functor has
+//   using Compute; static constexpr int sums = 1;
+//   Compute measure(input) const, static T combine(T a, T b)             the value of the run
+//   Group group(int64_t channel, Compute total) const                   its parameters
+//   void finish(int64_t channel, const Sums<double, 1>&) const          called once a run
+//   void operator()(const Group&, input, output&) const
+#pragma once
+
+#include "cuda/reduce.cuh"
+
+namespace fastflat::cuda {
+
+inline constexpr int kResidentBlock = 1024;
+inline constexpr int kResidentPacks = 4;  // a thread: 16 registers of data, which 1024 threads of 64 registers can hold
+
+// Threads of the team that holds a run of `inner` elements in registers; 0 if none can.
+inline int resident_team(const Geometry& g, int pack) {
+  if (g.outer != 1 || g.numel() == 0) return 0;
+  // A run that starts inside a pack touches one pack more.
+  const int64_t packs = g.inner / pack + (g.inner % pack == 0 ? 0 : 2);
+  for (int team = 1; team <= kWarp; team *= 2) {
+    // A single pack a thread keeps short groups coalesced; the full warp takes what it can hold.
+    if (packs <= team * (team < kWarp ? 1 : kResidentPacks)) return team;
+  }
+  for (int team : {kBlock, kResidentBlock}) {
+    if (packs <= static_cast<int64_t>(team) * kResidentPacks) return team;
+  }
+  return 0;
+}
+
+template <int N, class F, class X, class Y>
+__global__ void __launch_bounds__(kResidentBlock) resident_kernel(Geometry g, int team, F f, const X* x, Y* y) {
+  const int teams = static_cast<int>(blockDim.x) / team;
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * teams + static_cast<int>(threadIdx.x) / team;
+  const int rank = static_cast<int>(threadIdx.x) % team;
+  const bool busy = channel < g.channels;
+  const Range run{channel * g.inner, busy ? (channel + 1) * g.inner : 0};
+  const int64_t first = (run.begin / N + rank) * N;
+  const int64_t stride = static_cast<int64_t>(team) * N;
+
+  Pack<X, N> held[kResidentPacks];
+#pragma unroll
+  for (int j = 0; j < kResidentPacks; ++j) held[j] = load_pack<N>(x, first + j * stride, run);
+  Sums<typename F::Compute, 1> total{};
+#pragma unroll
+  for (int j = 0; j < kResidentPacks; ++j) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) total.v[0] = F::combine(total.v[0], f.measure(held[j].v[i]));
+  }
+  combine_team<F>(total, team);
+  if (!busy) return;
+  if (rank == 0) f.finish(channel, widen(total));
+  const auto group = f.group(channel, total.v[0]);
+#pragma unroll
+  for (int j = 0; j < kResidentPacks; ++j) {
+    if (first + j * stride >= run.end) return;
+    Pack<Y, N> result;
+#pragma unroll
+    for (int i = 0; i < N; ++i) f(group, held[j].v[i], result.v[i]);
+    store_pack(y, first + j * stride, run, result);
+  }
+}
+
+template <int N, class F, class X, class Y>
+cudaError_t launch_resident(const Geometry& g, int team, const F& f, const X* x, Y* y, cudaStream_t stream) {
+  if (!aligned(streams(x, y))) return cudaErrorMisalignedAddress;
+  const int threads = team > kBlock ? kResidentBlock : kBlock;
+  return launch(resident_kernel<N, F, X, Y>, ceil_div(g.channels, threads / team), threads, stream, g, team, f, x, y);
+}
+
+}  // namespace fastflat::cuda

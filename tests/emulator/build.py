@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the test modules (emulated CUDA kernels, bare functors) with g++, ninja and pybind11, at test time.
+
+Objects stay under ``build/tests`` and are rebuilt when a source, a header or a flag changes. Nothing here is in a wheel.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+HERE = Path(__file__).resolve().parent
+
+# No contraction: g++ would fuse a*b+c as soon as the target has FMA, and nvcc is told not to.
+FLAGS = ["-std=c++20", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+PLAIN = ["-O2"]
+SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+SOURCES = {
+    "fastflat_emulator": [
+        HERE / "module.cpp",
+        HERE / "probes.cu",
+        *sorted((CSRC / "cuda").glob("*.cu")),
+    ],
+    "fastflat_functors": [ROOT / "tests" / "cpp" / "module.cpp"],
+}
+
+
+def compiler() -> str | None:
+    """The C++ compiler that builds the modules: ``$CXX`` or g++; None if there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def build(name: str, sanitize: bool = False) -> Path:
+    """The path of extension module `name`, compiled if anything it is made of has changed."""
+    folder = ROOT / "build" / "tests" / (name + ("-sanitized" if sanitize else ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with (folder / "lock").open("w") as lock:  # test processes may start together
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text(_rules(name, target, SANITIZED if sanitize else PLAIN))
+        done = subprocess.run(
+            [sys.executable, "-m", "ninja", "-C", str(folder), "-j", str(min(2, os.cpu_count() or 1))],
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise RuntimeError(f"building {name} failed:\n{done.stdout}{done.stderr}")
+    return target
+
+
+def load(name: str, sanitize: bool = False) -> ModuleType:
+    """Builds and imports extension module `name`."""
+    path = build(name, sanitize)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sanitizer_libraries() -> str:
+    """Value of LD_PRELOAD for a Python that loads a sanitized module. libstdc++ comes along because the sanitizer
+    looks up its throw function when it starts."""
+    names = ("libasan.so", "libstdc++.so")
+    paths = [subprocess.check_output([compiler(), f"-print-file-name={n}"], text=True).strip() for n in names]
+    return " ".join(str(Path(p).resolve()) for p in paths)
+
+
+def _rules(name: str, target: Path, optimisation: list[str]) -> str:
+    import pybind11
+
+    includes = [CSRC, HERE, pybind11.get_include(), sysconfig.get_path("include")]
+    flags = " ".join([*FLAGS, *optimisation, *(f"-isystem{p}" if i > 1 else f"-I{p}" for i, p in enumerate(includes))])
+    lines = [
+        f"cxx = {compiler()}",
+        f"flags = {flags}",
+        "rule compile",
+        "  command = $cxx -x c++ $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx -shared $flags $in -o $out",
+    ]
+    objects = []
+    for source in SOURCES[name]:
+        objects.append(f"{source.parent.name}_{source.stem}_{source.suffix[1:]}.o")
+        lines.append(f"build {objects[-1]}: compile {source}")
+    lines += [f"build {target.name}: link {' '.join(objects)}", f"default {target.name}", ""]
+    return "\n".join(lines)
