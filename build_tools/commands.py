@@ -62,6 +62,10 @@ def classes(
             if self.extensions:
                 super().run()
             folder = root if self.inplace else Path(self.build_lib)
+            for name, library in decisions.items():
+                # What an earlier build left must not be loaded under today's schemas.
+                if not library.build:
+                    (folder / "fastflat" / f"libfastflat_{name}.so").unlink(missing_ok=True)
             info = record(version, tools, decisions, arches)
             path = folder / "fastflat" / "_build_info.json"
             path.parent.mkdir(parents=True, exist_ok=True)

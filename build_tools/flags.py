@@ -50,7 +50,7 @@ LINK = {
 #: Options for the linker itself.
 LINKER = {
     "--no-as-needed": "keep libtorch in DT_NEEDED: through it the CUDA library finds a symbol of libtorch_cuda",
-    "-ltorch": "",
+    "-ltorch": "in a CUDA build of torch it brings libtorch_cuda",
     "-ltorch_cpu": "the stable ABI's C functions",
     "--build-id=sha1": "the same sources give the same file",
     "--exclude-libs,ALL": "the static CUDA runtime stays our own: its symbols are not exported",

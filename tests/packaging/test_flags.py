@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from build_tools import flags
+
+HOST = flags.cxx("<torch>", "<root>")
+CUDA_HOST = flags.cuda_cxx("<torch>", "<root>")
+DEVICE = flags.nvcc(("8.0", "9.0+PTX"), "<torch>", "<root>")
+
+
+@pytest.mark.parametrize("options", [HOST, CUDA_HOST, DEVICE])
+def test_the_arithmetic_is_ieee(options):
+    text = " ".join(options)
+    assert "-ffp-contract=off" in text
+    for word in (
+        "fast-math",
+        "fast_math",
+        "-Ofast",
+        "ftz=true",
+        "prec-div=false",
+        "prec-sqrt=false",
+        "-march",
+        "-fopenmp",
+    ):
+        assert word not in text
+
+
+def test_nvcc_fuses_nothing():
+    assert "-fmad=false" in DEVICE
+    assert "--warn-on-spills" in " ".join(DEVICE)
+
+
+@pytest.mark.parametrize("options", [HOST, CUDA_HOST])
+def test_torch_through_the_stable_abi_of_the_oldest_version(options):
+    assert "-DTORCH_STABLE_ONLY" in options
+    assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in options
+    assert "-std=c++20" in options
+
+
+def test_device_code_has_no_torch():
+    assert not [option for option in DEVICE if "-isystem" in option or "TORCH" in option]
+
+
+def test_libtorch_stays_needed_and_no_path_is_stored():
+    for options in (flags.link_cpu("<torch>", "<root>"), flags.link_cuda("<torch>", "<root>")):
+        text = " ".join(options)
+        assert text.index("--no-as-needed") < text.index("-ltorch")
+        assert "rpath" not in text
+
+
+def test_every_flag_has_its_why():
+    tables = (flags.SHARED, flags.HOST, flags.TORCH, flags.NVCC, flags.CUDA_HOST, flags.LINK, flags.NVCC_LINK)
+    for table in (*tables, flags.LINKER, flags.CPU_LINKER):
+        assert all(table.values())
+
+
+def test_the_record_names_no_folder():
+    text = str(flags.public(("9.0",)))
+    assert "<torch>/include" in text
+    assert flags.public(())["nvcc"] == []
