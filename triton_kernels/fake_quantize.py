@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import _absmax, _launch, _sums
 from ._common import double_from_bits, load, program, run_tile, store
-from ._integer_grid import code, limits, load_group, scale_share
+from ._integer_grid import code, limits, load_group
 from ._launch import BLOCK, OPTIONS, Scales
 
 #: Arguments whose values must not lead to another compilation.
