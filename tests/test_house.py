@@ -287,7 +287,7 @@ def test_every_source_names_its_licence():
     for path in tracked():
         if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".sh") or short(path) in ("Makefile", ".ci/run"):
             head = path.read_text().splitlines()[:2]
-            assert any("SPDX-License-Identifier: Apache-2.0" in line for line in head), short(path)
+            assert not head or any("SPDX-License-Identifier: Apache-2.0" in line for line in head), short(path)
 
 
 def test_no_machine_path_and_no_registry_in_the_tree():
@@ -305,3 +305,10 @@ def test_no_machine_path_and_no_registry_in_the_tree():
 
 def test_setup_is_short():
     assert len((ROOT / "setup.py").read_text().splitlines()) < 80
+
+
+def test_the_linters_are_one_version():
+    pins = r"\b(ruff|clang-format|typos)==([\d.]+)"
+    hooks = set(re.findall(pins, (ROOT / ".pre-commit-config.yaml").read_text()))
+    assert hooks == set(re.findall(pins, (ROOT / "pyproject.toml").read_text()))
+    assert len(hooks) == 3
