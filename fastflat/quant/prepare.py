@@ -84,7 +84,8 @@ def prepare(
                 layer = LAYERS[type(module)].from_float(module, *specs, quantizer=quantizer, name=name)
             made[id(module)] = (name, specs, layer)
         elif made[id(module)][1] != chosen[name]:
-            _checks.fail("prepare", "bits and skip", f"agree for {made[id(module)][0]} and {name}, one shared layer", "two")
+            first = made[id(module)][0]
+            _checks.fail("prepare", "bits and skip", f"agree for {first} and {name}, one shared layer", "two answers")
     if all(specs is None for _, specs, _ in made.values()):
         _checks.fail("prepare", "skip", "leave a layer to quantize", f"all {len(made)} layers skipped")
 
@@ -162,7 +163,7 @@ def _choose(
     skip: tuple[str, ...],
 ) -> dict[str, tuple[QuantSpec | None, QuantSpec | None] | None]:
     """The specs of each layer by name; ``None`` for the skipped."""
-    chosen: dict[str, Any] = {name: (weights, activations) for name in names}
+    chosen: dict[str, Any] = dict.fromkeys(names, (weights, activations))
     for pattern, wanted in bits.items():
         changed = _with_bits(pattern, wanted, weights, activations)
         for name in _matching(pattern, names, "bits"):

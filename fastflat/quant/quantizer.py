@@ -83,9 +83,7 @@ class Quantizer(nn.Module):
         if not self.enabled:
             return x if dtype is None else x.to(dtype)
         if not self._calibrated:
-            raise RuntimeError(
-                f"fastflat: quantizer {self.name or '(unnamed)'} has no scale yet; call fastflat.calibrate(model, batches)"
-            )
+            raise RuntimeError(f"fastflat::{self.label}: no scale yet; call fastflat.calibrate(model, batches) first")
         return self.quantize(x, dtype)
 
     def quantize(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
