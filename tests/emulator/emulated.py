@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The raw ops on CPU tensors through the emulated CUDA kernels, with the signatures of the reference backend."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastflat._ops import compute_dtype, scale_shape
+
+PAIRS = {
+    (torch.float32, torch.float32): "f32_f32",
+    (torch.bfloat16, torch.bfloat16): "bf16_bf16",
+    (torch.float16, torch.float16): "f16_f16",
+    (torch.float64, torch.float64): "f64_f64",
+    (torch.float32, torch.bfloat16): "f32_bf16",
+    (torch.float32, torch.float16): "f32_f16",
+}
+
+STREAM = 0x57  # any address: the kernels only hand it on
+
+
+class Emulated:
+    """Launches the kernels of `module` on dense CPU tensors whose storage starts on 16 bytes."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def geometry(self, x: Tensor, axis: int, group: int):
+        """Outer, channels, inner of x in storage order."""
+        n = x.numel()
+        if group:
+            return self.module.Geometry(1, n // group, group)
+        if axis < 0:
+            return self.module.Geometry(1, 1, n)
+        channels = x.shape[axis]
+        inner = n if channels == 1 else x.stride(axis)
+        return self.module.Geometry(n // (channels * inner) if n else 0, channels, inner)
+
+    def identity(self, x: Tensor) -> Tensor:
+        y = poisoned(x, x.dtype)
+        self._check(self.module.identity(x.data_ptr(), y.data_ptr(), x.numel() * x.element_size(), STREAM))
+        return y
+
+    def fake_quantize(self, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, dtype=None) -> Tensor:
+        y = poisoned(x, dtype or x.dtype)
+        q = self._quantizer(scale, zero_point, qmin, qmax, eps, 1.0, rules)
+        g = self.geometry(x, axis, group)
+        self._check(self.module.fake_quantize(self._pair(x, y), g, q, x.data_ptr(), y.data_ptr(), STREAM))
+        return y
+
+    def fake_quantize_bwd(
+        self, gy, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, factor, need_scale
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        m = self.module
+        pair, g = self._pair(x, gy), self.geometry(x, axis, group)
+        q = self._quantizer(scale, zero_point, qmin, qmax, eps, factor, rules)
+        gx = poisoned(x, x.dtype)
+        none = scale.new_empty(0)
+        if not need_scale:
+            self._check(m.fake_quantize_ste(pair, g, q, gy.data_ptr(), x.data_ptr(), gx.data_ptr(), STREAM))
+            return gx, none, none
+        gs = poisoned(scale, scale.dtype)
+        gz = none if zero_point is None else poisoned(scale, scale.dtype)
+        work = poison(torch.empty(m.fake_quantize_bwd_workspace(pair, g), dtype=torch.uint8))
+        self._check(
+            m.fake_quantize_bwd(
+                pair,
+                g,
+                q,
+                gy.data_ptr(),
+                x.data_ptr(),
+                gx.data_ptr(),
+                gs.data_ptr(),
+                0 if zero_point is None else gz.data_ptr(),
+                work.data_ptr(),
+                STREAM,
+            )
+        )
+        return gx, gs, gz
+
+    def fake_quantize_jvp(
+        self, tx, ts, tz, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, factor, dtype=None
+    ) -> Tensor:
+        ty = poisoned(x, dtype or x.dtype)
+        of_result = tx is not None and tx.dtype != x.dtype
+        q = self._quantizer(scale, zero_point, qmin, qmax, eps, factor, rules)
+        tangents = [0 if t is None else t.data_ptr() for t in (tx, ts, tz)]
+        self._check(
+            self.module.fake_quantize_jvp(
+                self._pair(x, ty),
+                of_result,
+                self.geometry(x, axis, group),
+                q,
+                *tangents,
+                x.data_ptr(),
+                ty.data_ptr(),
+                STREAM,
+            )
+        )
+        return ty
+
+    def fake_quantize_absmax(self, x, qmin, qmax, axis, group, eps, rules, dtype=None) -> tuple[Tensor, Tensor]:
+        m = self.module
+        y = poisoned(x, dtype or x.dtype)
+        scale = poison(torch.empty(scale_shape(x.shape, axis, group), dtype=compute_dtype(x.dtype)))
+        pair, g = self._pair(x, y), self.geometry(x, axis, group)
+        work = poison(torch.empty(m.fake_quantize_absmax_workspace(pair, g), dtype=torch.uint8))
+        q = m.Quantizer(0, 0, qmin, qmax, eps, 1.0, rules)
+        self._check(
+            m.fake_quantize_absmax(
+                pair, g, q, x.data_ptr(), y.data_ptr(), scale.data_ptr(), work.data_ptr(), STREAM
+            )
+        )
+        return y, scale
+
+    def _pair(self, x: Tensor, y: Tensor):
+        return getattr(self.module.Pair, PAIRS[x.dtype, y.dtype])
+
+    def _quantizer(self, scale, zero_point, qmin, qmax, eps, factor, rules):
+        zero = 0 if zero_point is None else zero_point.data_ptr()
+        return self.module.Quantizer(scale.data_ptr(), zero, qmin, qmax, eps, factor, rules)
+
+    @staticmethod
+    def _check(error: int) -> None:
+        if error:
+            raise RuntimeError(f"launch failed with cudaError_t {error}")
+
+
+def poison(t: Tensor) -> Tensor:
+    """Fills t with a byte pattern that no kernel writes by chance: an element left out shows."""
+    if t.numel():
+        flat = torch.as_strided(t, (t.numel(),), (1,))
+        flat.view(torch.uint8).fill_(0xA5)
+    return t
+
+
+def poisoned(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return poison(torch.empty_like(like, dtype=dtype))
