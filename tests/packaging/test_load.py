@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading and not loading the libraries; each case in a process of its own, without a GPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,13 @@ import sys
 import pytest
 
 from fastflat import _load
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered():
+    _load.build_info.cache_clear()
+    yield
+    _load.build_info.cache_clear()
 
 
 def run(program, **environment):
@@ -66,11 +74,12 @@ def test_a_broken_file_is_a_reason_and_no_error(tmp_path, monkeypatch):
 
 def test_a_missing_file_quotes_the_build(tmp_path, monkeypatch):
     monkeypatch.setattr(_load, "_HERE", tmp_path)
-    monkeypatch.setattr(_load, "build_info", lambda: {"libraries": {"cpu": {"reason": "no torch", "mend": "do this"}}})
+    assert _load._load("cpu", disabled=False).reason == "the cpu library was not built"
+    info = {"libraries": {"cpu": {"reason": "no torch", "mend": "do this"}}}
+    (tmp_path / "_build_info.json").write_text(json.dumps(info))
+    _load.build_info.cache_clear()
     state = _load._load("cpu", disabled=False)
     assert (state.loaded, state.reason, state.remedy) == (False, "not built: no torch", "do this")
-    monkeypatch.setattr(_load, "build_info", dict)
-    assert _load._load("cpu", disabled=False).reason == "the cpu library was not built"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +99,7 @@ def test_a_missing_file_quotes_the_build(tmp_path, monkeypatch):
         ([], (8, 0), False),
     ],
 )
-def test_which_gpu_the_build_has_code_for(monkeypatch, arches, capability, runs):
-    monkeypatch.setattr(_load, "build_info", lambda: {"arches": arches})
+def test_which_gpu_the_build_has_code_for(tmp_path, monkeypatch, arches, capability, runs):
+    (tmp_path / "_build_info.json").write_text(json.dumps({"arches": arches}))
+    monkeypatch.setattr(_load, "_HERE", tmp_path)
     assert _load.has_code_for(capability) is runs
