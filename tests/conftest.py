@@ -26,7 +26,10 @@ def pytest_collection_modifyitems(config, items):
                 break
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter):
+    result = yield  # pytest's own summary comes first
     reasons = (report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()) if report.longrepr)
     count = sum(_NO_GPU in reason for reason in reasons)
     terminalreporter.write_line(f"need a GPU: {count} tests did not run")
+    return result
