@@ -66,7 +66,7 @@ class Batches:
 
 
 def shifted(x: Tensor, by: Tensor, most: int) -> Tensor:
-    """Each image of ``[B, C, H, W]`` moved by its own (rows, columns) in ``by`` ``[2, B]``, at most `most`; zeros enter."""
+    """Each image of ``[B, C, H, W]`` moved by its (rows, columns) in ``by`` ``[2, B]``, at most `most`; zeros enter."""
     channels, height, width = x.shape[1:]
     padded = torch.nn.functional.pad(x, (most,) * 4).flatten(2)
     rows = torch.arange(height, device=x.device) + (most - by[0])[:, None]

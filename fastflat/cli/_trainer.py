@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run: model, data, optimizer, and the epochs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastflat import quant
+from fastflat.cli import _models, _runs
+from fastflat.cli._config import Config
+from fastflat.data import Batches, Dataset
+from fastflat.quant.eager import BuiltinQuantizer, EagerQuantizer
+
+_CLASSES = {"fastflat": quant.Quantizer, "python": EagerQuantizer, "torch": BuiltinQuantizer}
+
+#: Batches that set the scales of the activations.
+_CALIBRATION = 8
+_EVALUATION_BATCH = 500
+
+
+class Diverged(ArithmeticError):
+    """The loss is not finite."""
+
+
+class Trainer:
+    """SGD with momentum and a cosine learning rate. ``epoch()`` trains for one epoch and measures the test split.
+
+    Each trainer has its own random state, so that several can take turns in one process and each computes what it
+    would alone.
+
+    Attributes:
+        history: a row of plain numbers for each epoch.
+        done: epochs trained so far.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        self.config, self.dataset = config, dataset
+        self.device = torch.device(config.device)
+        self.history: list[dict[str, float]] = []
+        self.done = 0
+        mean, std = dataset.statistics()
+        mirror = config.mirror and dataset.mirrors
+        there = {"mean": mean, "std": std, "device": self.device}
+        self.train_batches = Batches(
+            dataset.train_x, dataset.train_y, config.batch, shuffle=True, shift=config.shift, mirror=mirror, **there
+        )
+        self.test_batches = Batches(dataset.test_x, dataset.test_y, _EVALUATION_BATCH, **there)
+        with torch.random.fork_rng(devices=_cuda_devices(self.device)):
+            self.model = self._model()
+            self._random = self._random_state()
+        groups = quant.param_groups(
+            self.model, lr=config.lr, scale_lr=config.scale_lr, weight_decay=config.weight_decay
+        )
+        self.optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+
+    def _model(self) -> nn.Module:
+        config, dataset = self.config, self.dataset
+        model = _models.build(config.model, dataset.shape, len(dataset.classes), config.seed)
+        if config.init is not None:
+            _start_from(model, Path(config.init))
+        model.to(self.device)
+        if config.quantizer != "none":
+            weights, activations = config.specs()
+            first, last = _models.ends(model)
+            skip = [{"first": first, "last": last}.get(name, name) for name in config.skip]
+            quant.prepare(
+                model,
+                weights=weights,
+                activations=activations,
+                bits=config.layer_bits(),
+                skip=skip,
+                quantizer=_CLASSES[config.quantizer],
+            )
+            size = min(config.batch, len(dataset.train_x))
+            x, y = dataset.train_x[: size * _CALIBRATION], dataset.train_y[: size * _CALIBRATION]
+            plain = Batches(x, y, size, *dataset.statistics(), device=self.device)
+            quant.calibrate(model, itertools.islice(plain, _CALIBRATION))
+        return model
+
+    def _rate(self, step: int) -> float:
+        """Factor of the learning rate: linear over the first half epoch, then a half cosine to zero."""
+        total, rise = self.config.epochs * len(self.train_batches), max(len(self.train_batches) // 2, 1)
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * min(step - rise, total - rise) / max(total - rise, 1)))
+
+    def epoch(self, tick: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Train for one epoch, measure the test split, and return the new row of ``history``.
+
+        ``tick`` is called after every step. ``seconds`` of the row is the time of the training alone.
+
+        Raises:
+            Diverged: the loss is not finite; model and optimizer are then of no use.
+        """
+        with self._own_random_state():
+            rate = self.optimizer.param_groups[0]["lr"]
+            start = time.perf_counter()
+            loss, accuracy = self._train(tick)
+            seconds = time.perf_counter() - start
+            if not math.isfinite(loss):
+                raise Diverged(f"train: the loss is {loss} in epoch {self.done + 1}; try a smaller --lr")
+            test_loss, test_accuracy = self.evaluate()
+        self.done += 1
+        row = {
+            "epoch": self.done,
+            "lr": rate,
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "seconds": seconds,
+        }
+        self.history.append(row)
+        return row
+
+    def _train(self, tick: Callable[[], None]) -> tuple[float, float]:
+        self.model.train()
+        # Sums stay on the device: one synchronisation at the end.
+        loss_sum = torch.zeros((), device=self.device)
+        right = torch.zeros((), dtype=torch.long, device=self.device)
+        count = 0
+        for x, y in self.train_batches:
+            with self._autocast():
+                scores = self.model(x)
+                loss = F.cross_entropy(scores.float(), y)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            loss_sum += loss.detach() * len(y)
+            right += (scores.detach().argmax(1) == y).sum()
+            count += len(y)
+            tick()
+        return float(loss_sum) / count, float(right) / count
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """(loss, accuracy) on the test split."""
+        scores, y = self.scores()
+        return float(F.cross_entropy(scores, y)), float((scores.argmax(1) == y).float().mean())
+
+    @torch.no_grad()
+    def class_accuracy(self) -> list[float]:
+        """Accuracy of each class on the test split; NaN for a class that it lacks."""
+        scores, y = self.scores()
+        right = (scores.argmax(1) == y).double()
+        return [float(right[y == c].mean()) for c in range(len(self.dataset.classes))]
+
+    def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and labels of the test split, in evaluation mode."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self._autocast(), torch.no_grad():
+                pairs = [(self.model(x).float(), y) for x, y in self.test_batches]
+        finally:
+            self.model.train(training)
+        return torch.cat([s for s, _ in pairs]), torch.cat([y for _, y in pairs])
+
+    def state(self) -> dict[str, Any]:
+        """Everything that continues the run bit for bit, as plain values and tensors."""
+        return {
+            "format": _runs.FORMAT,
+            "config": dataclasses.asdict(self.config),
+            "checksum": self.dataset.checksum(),
+            "epoch": self.done,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"last_epoch": self.scheduler.last_epoch, "_step_count": self.scheduler._step_count},
+            "random": self._random,
+            "history": self.history,
+        }
+
+    def load(self, state: dict[str, Any], path: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: it belongs to another run or other data, or does not fit the model.
+        """
+        if Config.from_dict(state["config"], path) != self.config:
+            raise ValueError(f"train: {path} must be of the run that config.json describes, got other options in it")
+        if state["checksum"] != self.dataset.checksum():
+            raise ValueError(f"train: data must be those of the run (checksum {state['checksum']}), got others")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self._random = [t.clone() for t in state["random"]]
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"train: {path} must fit the model, got: {str(error).strip().splitlines()[-1]}") from None
+        self.history = list(state["history"])
+        self.done = state["epoch"]
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp)
+
+    def _random_state(self) -> list[torch.Tensor]:
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return [torch.get_rng_state(), *cuda]
+
+    @contextlib.contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=_cuda_devices(self.device)):
+            torch.set_rng_state(self._random[0])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._random[1], self.device)
+            yield
+            self._random = self._random_state()
+
+
+def _cuda_devices(device: torch.device) -> list[int]:
+    return [device.index or 0] if device.type == "cuda" else []
+
+
+def _start_from(model: nn.Module, run: Path) -> None:
+    """Load the weights of another run (its folder) into a model that is not quantized."""
+    trained = _runs.checkpoint(run)["model"]
+    own = {key: value for key, value in trained.items() if "_quantizer." not in key}
+    try:
+        model.load_state_dict(own)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"train: init must be a run of the same model and data shape, got: {reason}") from None
