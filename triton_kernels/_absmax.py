@@ -111,9 +111,9 @@ def _absmax_finish_kernel(
     tl.store(scale_ptr + channel, scale, mask=channel < channels)
 
 
-def fits(scales: Scales) -> bool:
+def fits(scales: Scales, block: int) -> bool:
     """Whether each scale is one row that a program can hold."""
-    return scales.outer == 1 and scales.inner <= _launch.FUSED
+    return scales.outer == 1 and scales.inner * _launch.BLOCK <= _launch.FUSED * block
 
 
 def fused(
@@ -122,10 +122,10 @@ def fused(
 ) -> None:  # fmt: skip
     """Fill scale and y in one pass over rows that fit."""
     columns = triton.next_power_of_2(scales.inner)
-    rows = max(1, _launch.BLOCK // columns)
+    rows = max(1, _launch.block(x) // columns)
     vector = _launch.vector(x, y)
     align = vector if scales.inner % vector == 0 else 1
-    _fake_quantize_absmax_fused_kernel[_launch.blocks(scales.channels, rows)](
+    _fake_quantize_absmax_fused_kernel[(triton.cdiv(scales.channels, rows),)](
         _launch.raw(y), scale, _launch.raw(x), scales.channels, scales.inner // align, qmin, qmax, eps_bits,
         rules, rows, columns, align, _launch.wide(x), **OPTIONS,
     )  # fmt: skip
@@ -133,7 +133,7 @@ def fused(
 
 def scale_into(scale: torch.Tensor, x: torch.Tensor, scales: Scales, qmax: int) -> None:
     """Fill scale from all of x."""
-    plan = Plan.of(scales, _launch.vector(x))
+    plan = Plan.of(scales, _launch.vector(x), _launch.block(x))
     part = torch.empty(
         plan.partials, dtype=torch.int64 if scale.dtype == torch.float64 else torch.int32, device=x.device
     )

@@ -12,7 +12,7 @@ import triton
 
 #: Elements of one tile: with 4 warps, 8 per thread, so one 16-byte access in 16 bits and two in 32.
 BLOCK = 1024
-#: Most elements of a row that the fused absmax kernel keeps in registers: 32 per thread.
+#: Most elements of a row that the fused absmax kernel keeps in registers: 32 per thread; half in fp64.
 FUSED = 4096
 #: No contraction of a*b+c: the bits must be those of the other backends.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -70,8 +70,9 @@ def wide(x: torch.Tensor) -> bool:
     return x.numel() > _NARROW_LIMIT
 
 
-def blocks(n: int, block: int = BLOCK) -> tuple[int]:
-    return (triton.cdiv(n, block),)
+def block(x: torch.Tensor) -> int:
+    """Elements of a tile of x: half in fp64, whose values take two registers each."""
+    return BLOCK // 2 if x.dtype == torch.float64 else BLOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +92,10 @@ class Scales:
         channels, inner = x.shape[axis], x.stride(axis)
         return cls(x.numel() // (channels * inner), channels, inner)
 
-    @property
-    def run(self) -> int:
+    def run(self, block: int) -> int:
         """Elements of a tile that share one index computation; a divisor of `inner`, three choices."""
-        if self.channels == 1 or self.inner % BLOCK == 0:
-            return BLOCK
+        if self.channels == 1 or self.inner % block == 0:
+            return block
         return 16 if self.inner % 16 == 0 else 1
 
 
@@ -120,14 +120,14 @@ class Plan:
     rest: int
 
     @classmethod
-    def of(cls, scales: Scales, vector: int) -> Plan:
-        """`vector`: elements of 16 bytes of the narrowest tensor."""
+    def of(cls, scales: Scales, vector: int, block: int) -> Plan:
+        """`vector`: elements of 16 bytes of the narrowest tensor; `block`: elements of a tile."""
         outer, channels, inner = scales.outer, scales.channels, scales.inner
-        by_rows = outer == 1 or inner >= BLOCK or (outer < ROWS and inner >= ROWS)
+        by_rows = outer == 1 or inner >= block or (outer < ROWS and inner >= ROWS)
         rows, columns = (outer * channels, inner) if by_rows else (outer, channels * inner)
         # Short tiles keep the columns form's loads contiguous and leave rows enough to add in registers.
-        tile_columns = min(triton.next_power_of_2(columns), BLOCK if by_rows else 128)
-        tile_rows = BLOCK // tile_columns
+        tile_columns = min(triton.next_power_of_2(columns), block if by_rows else 128)
+        tile_rows = block // tile_columns
         across, along = (rows, columns) if by_rows else (columns, rows)
         tile_across, tile_along = (tile_rows, tile_columns) if by_rows else (tile_columns, tile_rows)
         tiles = triton.cdiv(along, tile_along)

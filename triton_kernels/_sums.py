@@ -86,18 +86,20 @@ def _fake_quantize_bwd_rows_kernel(
     pid = program(WIDE)
     row = (pid // chunks) * ROWS + tl.arange(0, ROWS)
     s, z = load_group(scale_ptr, zero_ptr, (row % channels)[:, None], grid, RULES, HAS_ZERO)
-    share = tl.zeros([ROWS, COLUMNS], dtype=s.dtype)
-    outside = tl.zeros([ROWS, COLUMNS], dtype=s.dtype)
     first = (pid % chunks) * steps * COLUMNS
-    step = 0
-    while step < steps:
-        column = first + step * COLUMNS + tl.arange(0, COLUMNS)
-        mask = (row < rows)[:, None] & (column < columns * ALIGN)[None, :]
-        offsets = row[:, None] * (columns * ALIGN) + column[None, :]
-        a, b = _gradients(gx_ptr, gy_ptr, x_ptr, offsets, mask, s, z, grid, RULES, HAS_ZERO, True)
-        share += a
-        outside += b
-        step += 1
+    start = row[:, None] * (columns * ALIGN)
+    column = (first + tl.arange(0, COLUMNS))[None, :]
+    mask = (row < rows)[:, None] & (column < columns * ALIGN)
+    share, outside = _gradients(gx_ptr, gy_ptr, x_ptr, start + column, mask, s, z, grid, RULES, HAS_ZERO, True)
+    if not DIRECT:
+        step = 1
+        while step < steps:
+            column = (first + step * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+            mask = (row < rows)[:, None] & (column < columns * ALIGN)
+            a, b = _gradients(gx_ptr, gy_ptr, x_ptr, start + column, mask, s, z, grid, RULES, HAS_ZERO, True)
+            share += a
+            outside += b
+            step += 1
     gs, gz = tl.sum(share, 1), tl.sum(outside, 1)
     if DIRECT:
         factor = double_from_bits(factor_bits, s.dtype)
@@ -184,7 +186,7 @@ def backward(
     has_zero: bool,
 ) -> None:
     """Fill gx, gs and gz; `shared` is (scale, zero_point, qmin, qmax, eps_bits) as the kernels take them."""
-    plan = Plan.of(scales, _launch.vector(gx, gy, x))
+    plan = Plan.of(scales, _launch.vector(gx, gy, x), _launch.block(x))
     scale, zero, qmin, qmax, eps_bits = shared
     direct = plan.by_rows and plan.outer == 1 and plan.chunks == 1 and plan.rows > 1
     part = torch.empty(0 if direct else (1 + has_zero, plan.partials), dtype=scale.dtype, device=x.device)

@@ -14,7 +14,7 @@ import triton.language as tl
 from . import _absmax, _launch, _sums
 from ._common import double_from_bits, load, program, run_tile, store
 from ._integer_grid import code, limits, load_group
-from ._launch import BLOCK, OPTIONS, Scales
+from ._launch import OPTIONS, Scales
 
 #: Arguments whose values must not lead to another compilation.
 _RUNTIME = ["n", "inner", "channels", "qmin", "qmax", "eps_bits", "factor_bits"]
@@ -131,12 +131,12 @@ def fake_quantize(
     x = _launch.dense(x, group)
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        scales = Scales.of(x, axis, group)
+        scales, block = Scales.of(x, axis, group), _launch.block(x)
         with _launch.on_device(x):
-            _fake_quantize_kernel[_launch.blocks(x.numel())](
+            _fake_quantize_kernel[(triton.cdiv(x.numel(), block),)](
                 _launch.raw(y), _launch.raw(x), *_launch.parameters(scale, zero_point),
                 x.numel(), scales.inner, scales.channels, qmin, qmax, _launch.bits(eps),
-                rules, zero_point is not None, BLOCK, scales.run, _launch.wide(x), **OPTIONS,
+                rules, zero_point is not None, block, scales.run(block), _launch.wide(x), **OPTIONS,
             )  # fmt: skip
     return y
 
@@ -163,17 +163,17 @@ def fake_quantize_bwd(
     gz = torch.zeros_like(gs) if need_scale and zero_point is not None else scale.new_empty(0)
     if empty:
         return gx, gs, gz
-    scales = Scales.of(x, axis, group)
+    scales, block = Scales.of(x, axis, group), _launch.block(x)
     shared = (*_launch.parameters(scale, zero_point), qmin, qmax, _launch.bits(eps))
     with _launch.on_device(x):
         if need_scale:
             _sums.backward(gx, gs, gz, gy, x, shared, scales, _launch.bits(factor), rules, zero_point is not None)
         else:
             scale_, zero_, *grid = shared
-            _fake_quantize_pass_kernel[_launch.blocks(x.numel())](
+            _fake_quantize_pass_kernel[(triton.cdiv(x.numel(), block),)](
                 _launch.raw(gx), _launch.raw(gy), _launch.raw(x), scale_, zero_,
                 x.numel(), scales.inner, scales.channels, *grid,
-                rules, zero_point is not None, BLOCK, scales.run, _launch.wide(x), **OPTIONS,
+                rules, zero_point is not None, block, scales.run(block), _launch.wide(x), **OPTIONS,
             )  # fmt: skip
     return gx, gs, gz
 
@@ -198,7 +198,7 @@ def fake_quantize_jvp(
     y = torch.empty_like(x, dtype=dtype)
     if x.numel() == 0:
         return y
-    scales = Scales.of(x, axis, group)
+    scales, block = Scales.of(x, axis, group), _launch.block(x)
     scale, zero = _launch.parameters(scale, zero_point)
     # The pointer of an absent tangent is never read: any tensor stands in.
     tangents = (
@@ -207,11 +207,11 @@ def fake_quantize_jvp(
         scale if tz is None else tz.contiguous(),
     )
     with _launch.on_device(x):
-        _fake_quantize_jvp_kernel[_launch.blocks(x.numel())](
+        _fake_quantize_jvp_kernel[(triton.cdiv(x.numel(), block),)](
             _launch.raw(y), *tangents, _launch.raw(x), scale, zero,
             x.numel(), scales.inner, scales.channels, qmin, qmax, _launch.bits(eps), _launch.bits(factor),
             rules, zero_point is not None, tx is not None, ts is not None, tz is not None,
-            BLOCK, scales.run, _launch.wide(x), **OPTIONS,
+            block, scales.run(block), _launch.wide(x), **OPTIONS,
         )  # fmt: skip
     return y
 
@@ -231,8 +231,8 @@ def fake_quantize_absmax(
     scale = x.new_zeros(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     if x.numel() == 0:
         return torch.empty_like(x, dtype=dtype), scale
-    scales = Scales.of(x, axis, group)
-    if _absmax.fits(scales):
+    scales, block = Scales.of(x, axis, group), _launch.block(x)
+    if _absmax.fits(scales, block):
         y = torch.empty_like(x, dtype=dtype)
         with _launch.on_device(x):
             _absmax.fused(y, scale, x, scales, qmin, qmax, _launch.bits(eps), rules)

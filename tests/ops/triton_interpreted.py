@@ -309,7 +309,7 @@ def test_layouts(layout, axis):
     for gy in (
         torch.randn(x.shape),
         channels_last(torch.randn(x.shape)),
-        torch.randn(x.shape[:-1] + (1,)).expand(x.shape),
+        torch.randn((*x.shape[:-1], 1)).expand(x.shape),
     ):
         check_backward(gy, x, scale, None, (-8, 7, TINY, 0), axis, 0)
         jvp = (gy, None, None, *args, 1.0)
@@ -377,7 +377,7 @@ def test_many_partial_sums_for_one_scale(monkeypatch):
     monkeypatch.setattr(_launch, "BLOCK", 16)
     x = torch.randn(601)
     check_backward(torch.randn(601), x, torch.tensor(0.3), torch.tensor(1.0), (-8, 7, TINY, 0), -1, 0)
-    assert _launch.Plan.of(_launch.Scales.of(x, -1, 0), 4).chunks > _sums.finish_tile(1)[1]
+    assert _launch.Plan.of(_launch.Scales.of(x, -1, 0), 4, 16).chunks > _sums.finish_tile(1)[1]
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])

@@ -1,0 +1,1 @@
+from fastflat.audit._facts import Facts
