@@ -37,15 +37,20 @@ def write(path: Path, content: str | bytes) -> None:
         raise
 
 
-def create(out: Path) -> Path:
-    """A new folder for a run.
+def check_free(out: Path) -> None:
+    """Refuse a path that holds something.
 
     Raises:
-        ValueError: there is something in it already.
+        ValueError: it does.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         hint = f"; --resume {out} continues it" if (out / CHECKPOINT).exists() else ""
         raise ValueError(f"train: out must be a new or empty folder, got {out}{hint}")
+
+
+def create(out: Path) -> Path:
+    """A new folder for a run."""
+    check_free(out)
     out.mkdir(parents=True, exist_ok=True)
     return out
 

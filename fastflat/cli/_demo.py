@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastflat train --demo``: one network three times, with the same seed, data and schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import fastflat
+from fastflat.cli import _report, _runs, train
+from fastflat.cli._config import Config
+from fastflat.cli._trainer import Trainer
+from fastflat.data import Dataset
+
+#: As many images as the floors below were measured with.
+_TRAIN, _TEST = 10_000, 2_000
+_QUANTIZERS = ("none", "fastflat", "python")
+#: Accuracy of simple classifiers on Fashion-MNIST with that many images; a network below them is broken.
+_FLOORS = {"fashion-mnist": "on as many images a linear classifier reaches 83.7 %, 5 nearest neighbours 82.3 %"}
+_FIXED = {"quantizer", "resume", "init"}
+
+
+def demo(given: dict[str, Any], options: dict[str, Any]) -> None:
+    """Train the three side by side and print the table.
+
+    They take turns, one epoch each, in an order that rotates: what else the machine does in the meantime hits all
+    alike. The time of an epoch is that of its training steps; the table shows the median over epochs.
+    """
+    if _FIXED & given.keys():
+        raise ValueError(f"train: --demo must come without --{min(_FIXED & given.keys())}, which it sets itself")
+    began = time.perf_counter()
+    config = train.config_of(options)
+    config = dataclasses.replace(
+        config, train_images=config.train_images or _TRAIN, test_images=config.test_images or _TEST
+    )
+    if options["out"] is not None and options["out"].exists():
+        _runs.check_free(options["out"])
+    # A demonstration on a fresh machine may fetch its data: --data names another set.
+    dataset = train.load_data(config, download=options["download"] or config.data == "auto")
+    config = dataclasses.replace(config, data=dataset.name if config.data == "auto" else config.data)
+    trainers = [Trainer(dataclasses.replace(config, quantizer=name), dataset) for name in _QUANTIZERS]
+    out = _runs.create(options["out"] or _runs.free(Path("runs/demo")))
+    folders = [out / trainer.config.label for trainer in trainers]
+    for folder, trainer in zip(folders, trainers, strict=True):
+        _runs.write(_runs.create(folder) / _runs.CONFIG, trainer.config.to_json())
+    click.echo(f"{train.describe(dataset)}; {config.model}, {config.epochs} epochs, seed {config.seed}")
+
+    for number in range(config.epochs):
+        for turn in range(len(trainers)):
+            at = (turn + number) % len(trainers)
+            row = train.epoch_with_bar(trainers[at], labels(config)[at])
+            _runs.save(folders[at], trainers[at].state())
+            click.echo(f"{labels(config)[at]:<24}{train.line(row, config)}")
+
+    shown = [_report.Run.of(trainer) for trainer in trainers]
+    shown = [dataclasses.replace(run, label=label) for run, label in zip(shown, labels(config), strict=True)]
+    lines = table(shown, folders)
+    note = _note(dataset, config)
+    page = _report.html(f"{dataset.name}: 4 bits against fp32", train.describe(dataset), note, shown, dataset.classes)
+    _runs.write(out / _runs.REPORT, page)
+    if options["json_file"] is not None:
+        configs = [trainer.config for trainer in trainers]
+        text = json.dumps(train.result(dataset, list(zip(configs, shown, strict=True))), indent=1)
+        _runs.write(options["json_file"].resolve(), text + "\n")
+    click.echo("")
+    for text in lines:
+        click.echo(text)
+    click.echo("")
+    click.echo(note)
+    click.echo(f"report: {out / _runs.REPORT}   total {time.perf_counter() - began:.0f} s")
+
+
+def labels(config: Config) -> list[str]:
+    """Names of the three runs; the middle one tells which backend computes."""
+    bits = f"W{config.weight_bits}A{config.activation_bits}"
+    kind = torch.device(config.device).type
+    return ["fp32", f"{bits} fastflat ({fastflat.choose('fake_quantize', kind)[0]})", f"{bits} Python quantizer"]
+
+
+def table(runs: list[_report.Run], folders: list[Path]) -> list[str]:
+    """The comparison as lines of text."""
+    width = max(len(run.label) for run in runs) + 2
+    lines = [f"{'':<{width}}{'accuracy':>10}{'s/epoch':>10}{'of fp32':>10}   run"]
+    for run, folder in zip(runs, folders, strict=True):
+        ratio = run.seconds / runs[0].seconds
+        accuracy = f"{100 * run.last['test_accuracy']:.2f} %"
+        lines.append(f"{run.label:<{width}}{accuracy:>10}{run.seconds:>10.2f}{ratio:>9.2f}x   {folder}")
+    return lines
+
+
+def _note(dataset: Dataset, config: Config) -> str:
+    parts = [
+        f"s/epoch: median over {config.epochs} epochs of the training steps alone, the three runs taking turns;"
+        f" {torch.get_num_threads()} CPU threads, device {config.device}"
+    ]
+    if dataset.name in _FLOORS and (len(dataset.train_x), len(dataset.test_x)) == (_TRAIN, _TEST):
+        parts.append(_FLOORS[dataset.name])
+    return "; ".join(parts) + "."

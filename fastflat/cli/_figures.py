@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of the report as SVG text."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from fastflat.quant import LayerSummary
+
+#: One colour for each run (Okabe and Ito: told apart by colour-blind readers too).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#888888",
+    "legend.frameon": False,
+}
+_MOST_LAYERS = 48
+
+
+def curves(runs: dict[str, list[dict[str, float]]]) -> str:
+    """Loss and accuracy by epoch: training dashed, test solid."""
+    plt = _pyplot("curves")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for colour, (label, history) in zip(_cycle(len(runs)), runs.items(), strict=True):
+        epochs = [row["epoch"] for row in history]
+        mark = "o" if len(epochs) < 30 else None
+        left.plot(epochs, [row["train_loss"] for row in history], "--", color=colour, linewidth=1)
+        left.plot(epochs, [row["test_loss"] for row in history], color=colour, marker=mark, markersize=3, label=label)
+        right.plot(epochs, [100 * row["train_accuracy"] for row in history], "--", color=colour, linewidth=1)
+        right.plot(epochs, [100 * row["test_accuracy"] for row in history], color=colour, marker=mark, markersize=3)
+    left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss (dashed: training)")
+    right.set(xlabel="epoch", ylabel="accuracy in %", title="Accuracy (dashed: training)")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    left.legend()
+    return _svg(plt, figure)
+
+
+def times(runs: dict[str, list[dict[str, float]]]) -> str:
+    """Seconds per epoch: the bar is the median, the dots are the epochs."""
+    plt = _pyplot("times")
+    figure, axes = plt.subplots(figsize=(9, 0.5 + 0.45 * len(runs)), layout="constrained")
+    for at, (colour, history) in enumerate(zip(_cycle(len(runs)), runs.values(), strict=True)):
+        seconds = sorted(row["seconds"] for row in history)
+        axes.barh(at, median(seconds), color=colour, height=0.55, alpha=0.85)
+        axes.plot(seconds, [at] * len(seconds), ".", color="black", markersize=4)
+    axes.set_yticks(range(len(runs)), list(runs))
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds per epoch")
+    axes.grid(axis="y", visible=False)
+    return _svg(plt, figure)
+
+
+def layers(rows: list[LayerSummary], name: str) -> str:
+    """Each quantized layer: signal to noise of its weights, and the share of them that is clipped."""
+    plt = _pyplot("layers-" + name)
+    rows = [row for row in rows if row.snr is not None][:_MOST_LAYERS]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 0.9 + 0.24 * len(rows)), layout="constrained", sharey=True, gridspec_kw={"wspace": 0.05}
+    )
+    at = range(len(rows))
+    left.barh(at, [row.snr if math.isfinite(row.snr) else 0 for row in rows], color=COLOURS[0], height=0.6)
+    right.barh(at, [100 * row.clipped for row in rows], color=COLOURS[1], height=0.6)
+    left.set_yticks(at, [f"{row.name}  ({row.weight_bits} bits)" for row in rows])
+    left.invert_yaxis()
+    left.set(xlabel="signal to quantization noise of the weights, dB")
+    right.set(xlabel="weights clipped, %")
+    for axes in (left, right):
+        axes.grid(axis="y", visible=False)
+    return _svg(plt, figure)
+
+
+def codes(rows: list[LayerSummary], name: str) -> str:
+    """Histogram of the codes that the weights of each layer take."""
+    plt = _pyplot("codes-" + name)
+    rows = [row for row in rows if row.codes is not None][:_MOST_LAYERS]
+    columns = min(4, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(2.25 * columns, 0.4 + 1.25 * lines), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat[len(rows) :]:
+        axes.set_visible(False)
+    for axes, row in zip(grid.flat, rows, strict=False):
+        total = max(sum(row.codes), 1)
+        at = range(row.lowest, row.lowest + len(row.codes))
+        axes.bar(at, [100 * n / total for n in row.codes], width=0.9, color=COLOURS[0])
+        axes.set_title(row.name, fontsize=8)
+        axes.set_xticks([row.lowest, 0, row.lowest + len(row.codes) - 1])
+        axes.tick_params(labelsize=7)
+        axes.grid(axis="x", visible=False)
+    figure.supxlabel("code", fontsize=8)
+    figure.supylabel("weights, %", fontsize=8)
+    return _svg(plt, figure)
+
+
+def median(values: list[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def _cycle(n: int) -> list[str]:
+    return [COLOURS[k % len(COLOURS)] for k in range(n)]
+
+
+def _pyplot(salt: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(_SETTINGS)
+    # Element ids come from this: the same figure gives the same bytes, and two figures of a page do not share ids.
+    plt.rcParams["svg.hashsalt"] = salt
+    return plt
+
+
+def _svg(plt, figure) -> str:
+    text = io.StringIO()
+    empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(text, format="svg", metadata=empty)
+    plt.close(figure)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
