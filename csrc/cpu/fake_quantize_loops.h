@@ -111,58 +111,73 @@ void fake_quantize_tangent(const FakeQuantizeCall& call, int64_t begin, int64_t 
   const X* __restrict x = static_cast<const X*>(call.x);
   const T* __restrict tx = static_cast<const T*>(call.in);
   Y* __restrict ty = static_cast<Y*>(call.out);
-  map_elements<C>(call, begin, end,
-                  [=](int64_t i, const IntegerGrid<C>& grid, const QuantGroup<C>& g, C ts, C tz)
-                      __attribute__((always_inline)) {
-                        const C t = tx ? load(tx[i]) : C(0);
-                        ty[i] = store<Y>(grid.tangent(t, ts, tz, load(x[i]), g));
-                      });
+  if (tx) {
+    map_elements<C>(call, begin, end, [=](int64_t i, const IntegerGrid<C>& grid, const QuantGroup<C>& g, C ts, C tz)
+                                          __attribute__((always_inline)) {
+      ty[i] = store<Y>(grid.tangent(load(tx[i]), ts, tz, load(x[i]), g));
+    });
+  } else {
+    map_elements<C>(call, begin, end, [=](int64_t i, const IntegerGrid<C>& grid, const QuantGroup<C>& g, C ts, C tz)
+                                          __attribute__((always_inline)) {
+      ty[i] = store<Y>(grid.tangent(C(0), ts, tz, load(x[i]), g));
+    });
+  }
 }
 
-// Gradients of one long run; returns the sums over it. Without a zero-point the second sum is not formed.
-template <class X, class Y, bool with_zero>
-FASTFLAT_HD void backward_run(const X* __restrict x, const Y* __restrict gy, X* __restrict gx, int64_t n,
-                              const IntegerGrid<compute_t<X>>& grid, const QuantGroup<compute_t<X>>& g, double* sums) {
-  using C = compute_t<X>;
-  const auto element = [&](int64_t i, C& scale, C& outside) __attribute__((always_inline)) {
-    const auto d = grid.backward(load(gy[i]), load(x[i]), g);
+// Gradients of up to `block` elements; their shares of the sums go to scale[] and outside[].
+template <bool with_zero, class X, class Y, class C, class GroupAt>
+FASTFLAT_HD void backward_block(const X* __restrict x, const Y* __restrict gy, X* __restrict gx, int64_t n,
+                                const IntegerGrid<C>& grid, const GroupAt& group_at, C* __restrict scale,
+                                C* __restrict outside) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto d = grid.backward(load(gy[i]), load(x[i]), group_at(i));
     gx[i] = store<X>(d.x);
-    scale += d.scale;
-    if (with_zero) outside += d.outside;
-  };
+    scale[i] = d.scale;
+    if (with_zero) outside[i] = d.outside;
+  }
+}
+
+// The same for short runs, whose parameters are spread.
+template <class X, class Y, class C>
+FASTFLAT_HD void backward_spread(const X* x, const Y* gy, X* gx, int64_t n, const IntegerGrid<C>& grid,
+                                 const SpreadParameters<C>& s, bool with_zero, C* scale, C* outside) {
+  if (with_zero) {
+    const auto at = [&](int64_t i) __attribute__((always_inline)) { return grid.group(s.scale[i], s.zero[i]); };
+    backward_block<true>(x, gy, gx, n, grid, at, scale, outside);
+  } else {
+    const auto at = [&](int64_t i) __attribute__((always_inline)) { return grid.group(s.scale[i]); };
+    backward_block<false>(x, gy, gx, n, grid, at, scale, outside);
+  }
+}
+
+template <bool with_zero, class X, class Y, class C>
+FASTFLAT_HD void backward_lanes(const X* x, const Y* gy, X* gx, int64_t n, const IntegerGrid<C>& grid,
+                                const QuantGroup<C>& g, double* sums) {
+  const auto at = [g](int64_t) __attribute__((always_inline)) { return g; };
+  alignas(64) C scale[block], outside[block];
   for (int64_t start = 0; start < n; start += flush) {
     const int64_t stop = std::min(n, start + flush);
-    alignas(64) C scale[lanes] = {};
-    alignas(64) C outside[lanes] = {};
-    int64_t i = start;
-    for (; i + lanes <= stop; i += lanes) {
-      for (int l = 0; l < lanes; ++l) element(i + l, scale[l], outside[l]);
+    alignas(64) C scale_lane[lanes] = {};
+    alignas(64) C outside_lane[lanes] = {};
+    for (int64_t i = start; i < stop; i += block) {
+      const int64_t count = std::min(block, stop - i);
+      backward_block<with_zero>(x + i, gy + i, gx + i, count, grid, at, scale, outside);
+      add_lanes(scale, count, scale_lane);
+      if (with_zero) add_lanes(outside, count, outside_lane);
     }
-    for (int l = 0; l < stop - i; ++l) element(i + l, scale[l], outside[l]);
-    sums[0] += fold(scale);
-    if (with_zero) sums[1] += fold(outside);
+    sums[0] += fold(scale_lane);
+    if (with_zero) sums[1] += fold(outside_lane);
   }
 }
 
-// Gradients of up to `block` elements of short runs; their shares of the sums go to scale[] and outside[].
-template <class X, class Y>
-FASTFLAT_HD void backward_block(const X* __restrict x, const Y* __restrict gy, X* __restrict gx, int64_t n,
-                                const IntegerGrid<compute_t<X>>& grid, const SpreadParameters<compute_t<X>>& s,
-                                bool with_zero, compute_t<X>* __restrict scale, compute_t<X>* __restrict outside) {
-  if (with_zero) {
-    for (int64_t i = 0; i < n; ++i) {
-      const auto d = grid.backward(load(gy[i]), load(x[i]), grid.group(s.scale[i], s.zero[i]));
-      gx[i] = store<X>(d.x);
-      scale[i] = d.scale;
-      outside[i] = d.outside;
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      const auto d = grid.backward(load(gy[i]), load(x[i]), grid.group(s.scale[i]));
-      gx[i] = store<X>(d.x);
-      scale[i] = d.scale;
-    }
-  }
+// Gradients of one long run; adds its sums. Without a zero-point the second sum is not formed. A function of its own,
+// with its parameters in registers: inlined into its callers the loop is too much for the vectoriser.
+template <bool with_zero, class X, class Y, class C>
+__attribute__((noinline)) void backward_run(const X* x, const Y* gy, X* gx, int64_t n, const IntegerGrid<C>& shared,
+                                            const QuantGroup<C> g, double* sums) {
+  by_arithmetic(shared, [&](const IntegerGrid<C> grid) __attribute__((always_inline)) {
+    backward_lanes<with_zero>(x, gy, gx, n, grid, g, sums);
+  });
 }
 
 template <class X, class Y>
@@ -173,18 +188,15 @@ void fake_quantize_backward_range(const FakeQuantizeCall& call, int64_t begin, i
   const X* x = static_cast<const X*>(call.x);
   const Y* gy = static_cast<const Y*>(call.in);
   X* gx = static_cast<X*>(call.out);
-  by_arithmetic(grid_of<C>(call), [&](const IntegerGrid<C>& grid) __attribute__((always_inline)) {
-    if (geometry.inner >= short_run || geometry.channels == 1) {
-      for_runs(geometry, begin, end, [&](int64_t i, int64_t n, int64_t c) __attribute__((always_inline)) {
-        const QuantGroup<C> g = p.group(grid, c);
-        if (p.zero) {
-          backward_run<X, Y, true>(x + i, gy + i, gx + i, n, grid, g, sums + 2 * c);
-        } else {
-          backward_run<X, Y, false>(x + i, gy + i, gx + i, n, grid, g, sums + 2 * c);
-        }
-      });
-      return;
-    }
+  const IntegerGrid<C> shared = grid_of<C>(call);
+  if (geometry.inner >= short_run || geometry.channels == 1) {
+    for_runs(geometry, begin, end, [&](int64_t i, int64_t n, int64_t c) {
+      const auto run = p.zero ? backward_run<true, X, Y, C> : backward_run<false, X, Y, C>;
+      run(x + i, gy + i, gx + i, n, shared, p.group(shared, c), sums + 2 * c);
+    });
+    return;
+  }
+  by_arithmetic(shared, [&](const IntegerGrid<C>& grid) __attribute__((always_inline)) {
     // Columns: rows of all channels are added up elementwise, at most `flush / lanes` of them in the compute type.
     const int64_t row = geometry.channels * geometry.inner;
     SpreadParameters<C> s;
@@ -197,7 +209,7 @@ void fake_quantize_backward_range(const FakeQuantizeCall& call, int64_t begin, i
         std::fill_n(scale_sum, n, C(0));
         std::fill_n(outside_sum, n, C(0));
         for (int64_t i = start + column; i < stop; i += row) {
-          backward_block<X, Y>(x + i, gy + i, gx + i, n, grid, s, p.zero != nullptr, scale, outside);
+          backward_spread(x + i, gy + i, gx + i, n, grid, s, p.zero != nullptr, scale, outside);
           for (int64_t j = 0; j < n; ++j) scale_sum[j] += scale[j];
           if (p.zero) {
             for (int64_t j = 0; j < n; ++j) outside_sum[j] += outside[j];
@@ -230,7 +242,7 @@ void fake_quantize_backward_channels(const FakeQuantizeCall& call, int64_t begin
     for (int64_t c = begin; c < end; c += per_block) {
       const int64_t channels = std::min(per_block, end - c), i = c * inner;
       s.fill(geometry, p, i, channels * inner);
-      backward_block<X, Y>(x + i, gy + i, gx + i, channels * inner, grid, s, p.zero != nullptr, scale, outside);
+      backward_spread(x + i, gy + i, gx + i, channels * inner, grid, s, p.zero != nullptr, scale, outside);
       for (int64_t k = 0; k < channels; ++k) {
         sums[2 * (c + k)] += fold_short(scale + k * inner, inner);
         if (p.zero) sums[2 * (c + k) + 1] += fold_short(outside + k * inner, inner);
@@ -243,15 +255,17 @@ void fake_quantize_backward_channels(const FakeQuantizeCall& call, int64_t begin
 template <class X>
 FASTFLAT_HD double absmax_run(const X* __restrict x, int64_t n, double so_far) {
   using C = compute_t<X>;
-  alignas(64) C lane[lanes] = {};
+  constexpr int width = 16;  // one vector: groups are as short as that
+  alignas(64) C lane[width] = {};
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    for (int l = 0; l < lanes; ++l) lane[l] = larger_magnitude<C>(lane[l], std::fabs(load(x[i + l])));
+  for (; i + width <= n; i += width) {
+    for (int l = 0; l < width; ++l) lane[l] = larger_magnitude<C>(lane[l], std::fabs(load(x[i + l])));
   }
   for (int l = 0; l < n - i; ++l) lane[l] = larger_magnitude<C>(lane[l], std::fabs(load(x[i + l])));
-  C largest = static_cast<C>(so_far);
-  for (int l = 0; l < lanes; ++l) largest = larger_magnitude<C>(largest, lane[l]);
-  return static_cast<double>(largest);
+  for (int half = width / 2; half; half /= 2) {
+    for (int l = 0; l < half; ++l) lane[l] = larger_magnitude<C>(lane[l], lane[l + half]);
+  }
+  return larger_magnitude<double>(so_far, static_cast<double>(lane[0]));
 }
 
 template <class X>

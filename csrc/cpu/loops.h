@@ -43,6 +43,16 @@ inline void spread(const Geometry& g, const T* p, int64_t begin, int64_t count, 
   }
 }
 
+// Adds n values, at most `block` of them, to the lanes; the first goes to lane 0.
+template <class C>
+inline void add_lanes(const C* __restrict t, int64_t n, C* __restrict lane) {
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    for (int l = 0; l < lanes; ++l) lane[l] += t[i + l];
+  }
+  for (int l = 0; l < n - i; ++l) lane[l] += t[i + l];
+}
+
 // Sum of the lanes by halving; changes them.
 template <class C>
 inline double fold(C* lane) {

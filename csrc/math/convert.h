@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Storage types of 16 bits and their conversion from and to fp32, in integer arithmetic that is the same on every
-// target: round to nearest, ties to even, subnormals kept, overflow to infinity, NaN to the quiet NaN of the sign.
+// target: round to nearest, ties to even, subnormals kept, overflow to infinity, NaN to a quiet NaN.
 #pragma once
 
 #include <cstdint>
@@ -29,10 +29,9 @@ FASTFLAT_HD To bit_cast(From from) {
 FASTFLAT_HD float to_float(BFloat16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
 
 FASTFLAT_HD BFloat16 to_bfloat16(float v) {
-  const uint32_t u = bit_cast<uint32_t>(v);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const uint32_t nan = ((u >> 16) & 0x8000u) | 0x7fc0u;
-  return {static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+  // One NaN for all: a payload could carry out of the mantissa when rounded.
+  const uint32_t u = bit_cast<uint32_t>(v == v ? v : bit_cast<float>(0x7fc00000u));
+  return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
 }
 
 FASTFLAT_HD float to_float(Half v) {

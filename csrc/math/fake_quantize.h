@@ -14,11 +14,31 @@
 
 #include <cstdint>
 
+#include "convert.h"
 #include "macros.h"
 #include "round.h"
 #include "rules.h"
 
 namespace fastflat {
+
+// All bits set where a condition holds. Choices by mask stay choices: compilers turn `m ? a : b` between products into
+// branches, which do not vectorise.
+template <class C>
+struct MaskOf;
+template <>
+struct MaskOf<float> {
+  using type = uint32_t;
+};
+template <>
+struct MaskOf<double> {
+  using type = uint64_t;
+};
+
+// v where the mask is set, else +0.
+template <class C>
+FASTFLAT_HD C keep(typename MaskOf<C>::type mask, C v) {
+  return bit_cast<C>(bit_cast<typename MaskOf<C>::type>(v) & mask);
+}
 
 // What one scale group shares.
 template <class C>
@@ -32,13 +52,18 @@ struct QuantGroup {
 
 template <class C>
 struct IntegerGrid {
+  using Mask = typename MaskOf<C>::type;
+
   C qmin, qmax;
   C eps;
   C overflow;    // code of r >= 2^63
   C not_number;  // code of NaN
   C zero_fix;    // +0 turns -0 into +0; -0 changes nothing
   C factor;      // of the gradients of scale and zero-point
-  bool reciprocal, zero_inside, zero_float, mask_after, mask_none;
+  // The gradient passes where the unrounded code lies in [from, to] and the rounded one in [after_from, after_to].
+  C from, to, after_from, after_to;
+  bool reciprocal, zero_inside, zero_float;
+  Mask pass_all;  // set: every gradient passes
 
   FASTFLAT_HD static IntegerGrid make(int64_t qmin, int64_t qmax, double eps, double factor, int64_t rules) {
     IntegerGrid grid;
@@ -53,8 +78,13 @@ struct IntegerGrid {
     grid.reciprocal = rules & rules::reciprocal;
     grid.zero_inside = rules & rules::zero_inside;
     grid.zero_float = rules & rules::zero_float;
-    grid.mask_after = rules & rules::mask_after;
-    grid.mask_none = rules & rules::mask_none;
+    grid.pass_all = (rules & rules::mask_none) ? ~Mask(0) : Mask(0);
+    const C infinity = C(1) / zero;
+    const bool after = rules & rules::mask_after;
+    grid.from = after ? -infinity : grid.qmin;
+    grid.to = after ? infinity : grid.qmax;
+    grid.after_from = after ? grid.qmin : -infinity;
+    grid.after_to = after ? grid.qmax : infinity;
     return grid;
   }
 
@@ -80,9 +110,9 @@ struct IntegerGrid {
   }
 
   struct Code {
-    C u;     // x in units of the scale
-    C d;     // q - z
-    bool m;  // whether the gradient passes
+    C u;         // x in units of the scale
+    C d;         // q - z
+    Mask in;     // m: the gradient passes
   };
 
   FASTFLAT_HD Code code(C x, const QuantGroup<C>& g) const {
@@ -94,9 +124,10 @@ struct IntegerGrid {
     const C clamped = lifted < qmax ? lifted : qmax;
     const C beyond = r == r ? overflow : not_number;
     const C q = r < C(9223372036854775808.0) ? clamped : beyond;
-    const C tested = mask_after ? r : v + g.z_out;
+    const C w = v + g.z_out;
     c.d = (q - g.z) + zero_fix;
-    c.m = mask_none | ((tested >= qmin) & (tested <= qmax));
+    const bool on_grid = (w >= from) & (w <= to) & (r >= after_from) & (r <= after_to);
+    c.in = pass_all | (Mask(0) - Mask(on_grid));
     return c;
   }
 
@@ -111,7 +142,7 @@ struct IntegerGrid {
 
   FASTFLAT_HD Gradient backward(C gy, C x, const QuantGroup<C>& g) const {
     const Code c = code(x, g);
-    return {c.m ? gy : C(0), gy * (c.m ? c.d - c.u : c.d), c.m ? C(0) : gy};
+    return {keep<C>(c.in, gy), gy * (c.d - keep<C>(c.in, c.u)), keep<C>(~c.in, gy)};
   }
 
   // Group sums of Gradient::scale and ::outside to the gradients of scale and zero-point.
@@ -121,9 +152,9 @@ struct IntegerGrid {
   // The tangent of y: the transpose of backward, factor included. Absent tangents are passed as 0.
   FASTFLAT_HD C tangent(C tx, C ts, C tz, C x, const QuantGroup<C>& g) const {
     const Code c = code(x, g);
-    const C through = c.m ? tx : C(0);
-    const C by_scale = (c.m ? c.d - c.u : c.d) * (ts * factor);
-    const C by_zero = c.m ? C(0) : g.s * (tz * factor);
+    const C through = keep<C>(c.in, tx);
+    const C by_scale = (c.d - keep<C>(c.in, c.u)) * (ts * factor);
+    const C by_zero = keep<C>(~c.in, g.s * (tz * factor));
     return (through + by_scale) - by_zero;
   }
 };
