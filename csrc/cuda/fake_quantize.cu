@@ -242,7 +242,7 @@ ErrorCode launch_fake_quantize_absmax(Pair pair, const Geometry& g, const Quanti
     using C = compute_t<X>;
     constexpr int pack = pack_width<X, Y>;
     const AbsMax<C> absmax(dynamic, scale);
-    if (const int team = resident_team(g, pack)) {
+    if (const int team = resident_team<X, pack>(g)) {
       return launch_resident<pack>(g, team, absmax, input<X>(x), output<Y>(y), native(stream));
     }
     const cudaError_t error =
@@ -256,7 +256,7 @@ int64_t fake_quantize_absmax_workspace(Pair pair, const Geometry& g) {
   int64_t bytes = 0;
   with_types(pair, [&](auto data, auto result) {
     using X = type_of<decltype(data)>;
-    if (!resident_team(g, pack_width<X, type_of<decltype(result)>>)) {
+    if (!resident_team<X, pack_width<X, type_of<decltype(result)>>>(g)) {
       bytes = reduce_workspace<pack_width<X>, AbsMax<compute_t<X>>>(g);
     }
     return cudaSuccess;

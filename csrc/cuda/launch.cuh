@@ -10,11 +10,26 @@
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
-namespace fastflat::emulator {  // the emulator counts traffic here; a GPU has profilers
+namespace fastflat::platform {  // the emulator has its own
 __device__ __forceinline__ void count_read(size_t) {}
 __device__ __forceinline__ void count_written(size_t) {}
 __device__ __forceinline__ void count_parameter(size_t) {}
-}  // namespace fastflat::emulator
+
+// Spelled out: left to itself the compiler splits some of them into four narrow ones.
+__device__ __forceinline__ uint4 load_16(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(__cvta_generic_to_global(from)));
+  return v;
+}
+__device__ __forceinline__ void store_16(void* to, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+}  // namespace fastflat::platform
 #else
 #include "cuda_emulator.h"
 #endif
@@ -39,7 +54,7 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, c
   kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), 0, stream>>>(arguments...);
   return cudaGetLastError();
 #else
-  return emulator::launch(blocks, threads, stream, [&] { kernel(arguments...); });
+  return platform::launch(blocks, threads, stream, [&] { kernel(arguments...); });
 #endif
 }
 
@@ -111,15 +126,15 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* from, int64_t offset, R
     constexpr int words = N * sizeof(T) / kAccess;
     uint4 raw[words];
 #pragma unroll
-    for (int w = 0; w < words; ++w) raw[w] = reinterpret_cast<const uint4*>(from + offset)[w];
+    for (int w = 0; w < words; ++w) raw[w] = platform::load_16(reinterpret_cast<const uint4*>(from + offset) + w);
     memcpy(&pack, raw, sizeof(pack));
-    emulator::count_read(sizeof(pack));
+    platform::count_read(sizeof(pack));
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (!valid.holds(offset + i)) continue;
       pack.v[i] = from[offset + i];
-      emulator::count_read(sizeof(T));
+      platform::count_read(sizeof(T));
     }
   }
   return pack;
@@ -137,14 +152,14 @@ __device__ __forceinline__ void store_pack(T* to, int64_t offset, Range valid, c
     uint4 raw[words];
     memcpy(raw, &pack, sizeof(pack));
 #pragma unroll
-    for (int w = 0; w < words; ++w) reinterpret_cast<uint4*>(to + offset)[w] = raw[w];
-    emulator::count_written(sizeof(pack));
+    for (int w = 0; w < words; ++w) platform::store_16(reinterpret_cast<uint4*>(to + offset) + w, raw[w]);
+    platform::count_written(sizeof(pack));
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (!valid.holds(offset + i)) continue;
       to[offset + i] = pack.v[i];
-      emulator::count_written(sizeof(T));
+      platform::count_written(sizeof(T));
     }
   }
 }
@@ -152,7 +167,7 @@ __device__ __forceinline__ void store_pack(T* to, int64_t offset, Range valid, c
 // A per-scale value: small arrays that live in the caches, counted apart from the streams.
 template <class T>
 __device__ __forceinline__ T load_parameter(const T* from, int64_t index) {
-  emulator::count_parameter(sizeof(T));
+  platform::count_parameter(sizeof(T));
   return from[index];
 }
 
@@ -215,13 +230,15 @@ struct Position {
   }
 };
 
-// Positions of the offsets base + 0 ... base + kSmall - 1: one 64-bit division a block, 32-bit ones a thread.
+// Positions of the offsets base + 0 ... base + kSmall - 1: 64-bit divisions once, 32-bit ones from there. A single scale
+// needs none, and `within` is not kept for it.
 struct Locator {
   Geometry g;
   Position base;
 
   __device__ __forceinline__ Locator(const Geometry& geometry, int64_t offset) : g(geometry) {
-    base = {(offset / g.inner) % g.channels, offset % g.inner};
+    base = {0, 0};
+    if (g.channels > 1) base = {(offset / g.inner) % g.channels, offset % g.inner};
   }
 
   __device__ __forceinline__ Position at(int64_t local) const {

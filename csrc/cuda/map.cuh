@@ -10,23 +10,27 @@
 
 namespace fastflat::cuda {
 
-inline constexpr int kPacksPerThread = 2;  // loads in flight before the first store; more cost registers
+// Packs of each input that a thread loads before it stores the first result: two hide latency, and at most 64 bytes, so
+// that the wide mixed pairs do not spill.
+template <class In, int N>
+inline constexpr int packs_per_thread = sizeof(packs_of<N, In>) > 32 ? 1 : 2;
 
 template <int N, class F, class In, class Out>
 __global__ void __launch_bounds__(kBlock) map_kernel(int64_t n, Geometry g, F f, In in, Out out) {
-  const int64_t base = static_cast<int64_t>(blockIdx.x) * (kBlock * kPacksPerThread * N);
+  constexpr int packs = packs_per_thread<In, N>;
+  const int64_t base = static_cast<int64_t>(blockIdx.x) * (kBlock * packs * N);
   const Range all{0, n};
   const Locator locate(g, base);
   const bool one_scale_a_pack = g.channels == 1 || g.inner % N == 0;
 
-  decltype(load_packs<N>(in, base, all)) loaded[kPacksPerThread];
+  packs_of<N, In> loaded[packs];
 #pragma unroll
-  for (int v = 0; v < kPacksPerThread; ++v) {
+  for (int v = 0; v < packs; ++v) {
     loaded[v] = load_packs<N>(in, base + (v * kBlock + static_cast<int>(threadIdx.x)) * N, all);
   }
   auto group = f.group(locate.base.channel);
 #pragma unroll
-  for (int v = 0; v < kPacksPerThread; ++v) {
+  for (int v = 0; v < packs; ++v) {
     const int local = (v * kBlock + static_cast<int>(threadIdx.x)) * N;
     if (base + local >= n) return;
     Position position = locate.base;
@@ -54,7 +58,7 @@ cudaError_t launch_map(const Geometry& g, const F& f, const In& in, const Out& o
   const int64_t n = g.numel();
   if (n == 0) return cudaSuccess;
   if (!aligned(in) || !aligned(out)) return cudaErrorMisalignedAddress;
-  const int64_t blocks = ceil_div(n, kBlock * kPacksPerThread * N);
+  const int64_t blocks = ceil_div(n, kBlock * packs_per_thread<In, N> * N);
   return launch(map_kernel<N, F, In, Out>, blocks, kBlock, stream, n, g, f, in, out);
 }
 

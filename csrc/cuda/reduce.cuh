@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kBlock) reduce_runs_kernel(int64_t, Geometry g
 #pragma unroll
     for (int k = 0; k < F::sums; ++k) {
       partials[k * p.partials() + part * p.width + channel] = sums.v[k];
-      emulator::count_written(sizeof(sums.v[k]));
+      platform::count_written(sizeof(sums.v[k]));
     }
   }
 }
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kBlock) reduce_finish_kernel(Geometry g, Reduc
 #pragma unroll
     for (int k = 0; k < F::sums; ++k) {
       sums.v[k] = F::combine(sums.v[k], static_cast<double>(partials[k * p.partials() + at]));
-      emulator::count_read(sizeof(partials[0]));
+      platform::count_read(sizeof(partials[0]));
     }
   }
 #pragma unroll

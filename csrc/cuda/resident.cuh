@@ -15,25 +15,29 @@
 namespace fastflat::cuda {
 
 inline constexpr int kResidentBlock = 1024;
-inline constexpr int kResidentPacks = 4;  // a thread: 16 registers of data, which 1024 threads of 64 registers can hold
+// Packs a thread holds: 16 registers of data, as much as 1024 threads of 64 registers have room for.
+template <class X, int N>
+inline constexpr int resident_packs = 64 / static_cast<int>(N * sizeof(X));
 
 // Threads of the team that holds a run of `inner` elements in registers; 0 if none can.
-inline int resident_team(const Geometry& g, int pack) {
+template <class X, int N>
+int resident_team(const Geometry& g) {
   if (g.outer != 1 || g.numel() == 0) return 0;
   // A run that starts inside a pack touches one pack more.
-  const int64_t packs = g.inner / pack + (g.inner % pack == 0 ? 0 : 2);
+  const int64_t packs = g.inner / N + (g.inner % N == 0 ? 0 : 2);
   for (int team = 1; team <= kWarp; team *= 2) {
     // A single pack a thread keeps short groups coalesced; the full warp takes what it can hold.
-    if (packs <= team * (team < kWarp ? 1 : kResidentPacks)) return team;
+    if (packs <= team * (team < kWarp ? 1 : resident_packs<X, N>)) return team;
   }
   for (int team : {kBlock, kResidentBlock}) {
-    if (packs <= static_cast<int64_t>(team) * kResidentPacks) return team;
+    if (packs <= static_cast<int64_t>(team) * resident_packs<X, N>) return team;
   }
   return 0;
 }
 
 template <int N, class F, class X, class Y>
 __global__ void __launch_bounds__(kResidentBlock) resident_kernel(Geometry g, int team, F f, const X* x, Y* y) {
+  constexpr int packs = resident_packs<X, N>;
   const int teams = static_cast<int>(blockDim.x) / team;
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * teams + static_cast<int>(threadIdx.x) / team;
   const int rank = static_cast<int>(threadIdx.x) % team;
@@ -42,12 +46,12 @@ __global__ void __launch_bounds__(kResidentBlock) resident_kernel(Geometry g, in
   const int64_t first = (run.begin / N + rank) * N;
   const int64_t stride = static_cast<int64_t>(team) * N;
 
-  Pack<X, N> held[kResidentPacks];
+  Pack<X, N> held[packs];
 #pragma unroll
-  for (int j = 0; j < kResidentPacks; ++j) held[j] = load_pack<N>(x, first + j * stride, run);
+  for (int j = 0; j < packs; ++j) held[j] = load_pack<N>(x, first + j * stride, run);
   Sums<typename F::Compute, 1> total{};
 #pragma unroll
-  for (int j = 0; j < kResidentPacks; ++j) {
+  for (int j = 0; j < packs; ++j) {
 #pragma unroll
     for (int i = 0; i < N; ++i) total.v[0] = F::combine(total.v[0], f.measure(held[j].v[i]));
   }
@@ -56,7 +60,7 @@ __global__ void __launch_bounds__(kResidentBlock) resident_kernel(Geometry g, in
   if (rank == 0) f.finish(channel, widen(total));
   const auto group = f.group(channel, total.v[0]);
 #pragma unroll
-  for (int j = 0; j < kResidentPacks; ++j) {
+  for (int j = 0; j < packs; ++j) {
     if (first + j * stride >= run.end) return;
     Pack<Y, N> result;
 #pragma unroll

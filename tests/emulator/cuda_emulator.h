@@ -62,6 +62,8 @@ inline Control control;
 inline void count_read(size_t bytes) { control.read += static_cast<int64_t>(bytes); }
 inline void count_written(size_t bytes) { control.written += static_cast<int64_t>(bytes); }
 inline void count_parameter(size_t bytes) { control.parameters += static_cast<int64_t>(bytes); }
+inline uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
+inline void store_16(void* to, uint4 v) { *static_cast<uint4*>(to) = v; }
 
 enum class State { ready, barrier, shuffle, done };
 
@@ -242,6 +244,10 @@ T exchange(unsigned mask, T value, unsigned source, const std::source_location& 
 }
 
 }  // namespace fastflat::emulator
+
+namespace fastflat::platform {
+using namespace fastflat::emulator;
+}
 
 inline void __syncthreads(const std::source_location& where = std::source_location::current()) {
   fastflat::emulator::suspend(fastflat::emulator::State::barrier, where);
