@@ -81,7 +81,7 @@ def _fake_quantize_bwd_rows_kernel(
     DIRECT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A scale for each row (number modulo channels). `columns` counts in units of ALIGN, so that the compiler sees
-    how rows are aligned. DIRECT: a program sees whole rows and each is all of a scale."""
+    how rows are aligned. DIRECT: rows fit a tile and each is all of a scale."""
     grid = limits(qmin, qmax, eps_bits, scale_ptr.dtype.element_ty)
     pid = program(WIDE)
     row = (pid // chunks) * ROWS + tl.arange(0, ROWS)
@@ -188,7 +188,7 @@ def backward(
     """Fill gx, gs and gz; `shared` is (scale, zero_point, qmin, qmax, eps_bits) as the kernels take them."""
     plan = Plan.of(scales, _launch.vector(gx, gy, x), _launch.block(x))
     scale, zero, qmin, qmax, eps_bits = shared
-    direct = plan.by_rows and plan.outer == 1 and plan.chunks == 1 and plan.rows > 1
+    direct = plan.by_rows and plan.outer == 1 and plan.chunks == plan.steps == 1 and plan.rows > 1
     part = torch.empty(0 if direct else (1 + has_zero, plan.partials), dtype=scale.dtype, device=x.device)
     gs_out, gz_out = (gs, gz) if direct else (part[0], part[-1])
     data = (_launch.raw(gx), gs_out, gz_out, _launch.raw(gy), _launch.raw(x), scale, zero)
