@@ -88,10 +88,11 @@ def classes(
             fresh.replace(target)
 
         def _failed(self, name: str, error: Exception) -> None:
-            last = str(error).strip().splitlines()[-1]
+            said = str(error).strip().splitlines()
+            told = next((line for line in said[1:] if "error" in line), said[-1])
             mend = "pip install --no-build-isolation --no-deps --force-reinstall -v . shows the compiler's messages"
             decisions[name] = dataclasses.replace(
-                decisions[name], build=False, reason=f"compilation failed: {last}".replace(str(root), "."), mend=mend
+                decisions[name], build=False, reason=f"compilation failed: {told}".replace(str(root), "."), mend=mend
             )
 
     class Build(build):

@@ -23,6 +23,9 @@ from build_tools.find import Tools
 #: What one compiler process may need at its worst; bounds the number of parallel ones.
 _BYTES_PER_JOB = 3 << 30
 
+#: What ptxas -v reports of every kernel: a thousand lines nobody asked for, kept in the log beside the object.
+_STATISTICS = re.compile(r"ptxas info|\s+\d+ bytes stack frame")
+
 
 class CompileError(Exception):
     """A command of the build failed; its output is in the text."""
@@ -97,7 +100,7 @@ def _link(root: Path, folder: Path, name: str, objects: list[Path], tools: Tools
 
 
 def _update(step: Step, root: Path) -> None:
-    """Runs the step's command unless its output is up to date; prints what the compiler says."""
+    """Runs the step's command unless its output is up to date. Prints warnings; all that was said is in ``.log``."""
     record = Path(f"{step.output}.cmd")
     command = shlex.join(step.command)
     if _current(step, record, command, root):
@@ -109,8 +112,10 @@ def _update(step: Step, root: Path) -> None:
     said = (done.stdout + done.stderr).strip()
     if done.returncode != 0:
         raise CompileError(f"{command}\n{said}")
-    if said:
-        print(said, file=sys.stderr, flush=True)
+    Path(f"{step.output}.log").write_text(said)
+    heard = "\n".join(line for line in said.splitlines() if not _STATISTICS.match(line))
+    if heard:
+        print(heard, file=sys.stderr, flush=True)
     record.write_text(command)
 
 

@@ -30,9 +30,11 @@ def info(wheel):
     return json.loads(zipfile.ZipFile(wheel).read("fastflat/_build_info.json"))
 
 
-def modules(root, folder):
-    prefix = "" if folder == "fastflat" else "fastflat/"
-    return {prefix + path.relative_to(root).as_posix() for path in (root / folder).rglob("*.py")}
+def belongings(root, folder):
+    """What the wheel must hold of a folder: its modules, and whatever else is tracked inside the package itself."""
+    prefix, kind = ("", "") if folder == "fastflat" else ("fastflat/", ".py")
+    listing = subprocess.run(["git", "ls-files", folder], cwd=root, capture_output=True, text=True, check=True)
+    return {prefix + name for name in listing.stdout.split() if name.endswith(kind) and (root / name).is_file()}
 
 
 def test_libraries_and_tag_follow_the_decision(wheel):
@@ -55,8 +57,8 @@ def test_the_pure_wheel_is_for_every_platform(pure):
 
 
 @pytest.mark.parametrize("folder", ["fastflat", "triton_kernels", "benchmarks"])
-def test_every_module_is_in_the_package(pure, root, folder):
-    expected = modules(root, folder)
+def test_everything_is_in_the_package(pure, root, folder):
+    expected = belongings(root, folder)
     assert expected
     assert expected <= names(pure)
 
