@@ -5,6 +5,7 @@ from fastflat import functional, quant
 from fastflat._spec import QuantSpec
 from fastflat.backends import FallbackWarning, backend, backends, choose
 from fastflat.functional import fake_quantize, fake_quantize_dynamic
+from fastflat.memory import tune_host_memory
 from fastflat.quant import calibrate, param_groups, prepare
 
 __version__ = "0.1.0"
@@ -22,4 +23,5 @@ __all__ = [
     "param_groups",
     "prepare",
     "quant",
+    "tune_host_memory",
 ]

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of the host: large tensors without a page fault for every page at every allocation."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import sys
+
+# Parameters of glibc's mallopt (malloc.h).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_MMAP_MAX = -4
+
+#: mallopt takes a C int.
+_LARGEST = 2**31 - 1
+_OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_")
+_OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
+
+
+@dataclasses.dataclass(frozen=True)
+class HostMemory:
+    """Answer of :func:`tune_host_memory`.
+
+    Attributes:
+        applied: whether the allocator's thresholds are set.
+        reason: what was set, or why nothing was.
+    """
+
+    applied: bool
+    reason: str
+
+
+_done: dict[int, HostMemory] = {}
+
+
+def tune_host_memory(limit: int = 1 << 30) -> HostMemory:
+    """Let the C library keep freed memory for the next tensor. Opt-in; holds for the process; calling again is free.
+
+    glibc maps every block of 32 MiB and more from the kernel and gives it back when it is freed, so each new large
+    tensor pays a page fault per 4 KiB, for every PyTorch operation that allocates its result. This sets two thresholds
+    by ``mallopt``: blocks below `limit` come from the heap (``M_MMAP_THRESHOLD``), and the heap is never trimmed
+    (``M_TRIM_THRESHOLD``).
+
+    What it costs: the process keeps its largest heap until it ends, so its resident size stays at the peak of what it
+    used, and a block that lies between others can leave gaps. What it does not reach: threads other than the main one
+    (backward passes run on the thread that called them, data loaders elsewhere), blocks of `limit` and more, memory
+    that is already mapped, pinned and device memory.
+
+    Args:
+        limit: blocks of this many bytes and more are mapped as before; from 1 to 2**31 - 1.
+
+    Returns:
+        What was done. Nothing is, with the reason, off Linux, with another C library (musl) or allocator (jemalloc,
+        tcmalloc, mimalloc), and where the environment sets these thresholds itself.
+
+    Raises:
+        ValueError: `limit` is out of range.
+    """
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _LARGEST:
+        raise ValueError(f"fastflat::tune_host_memory: limit must be an integer from 1 to 2**31 - 1, got {limit!r}")
+    if limit not in _done:
+        obstacle = _obstacle()
+        result = HostMemory(False, obstacle) if obstacle else _set(limit)
+        _done.clear()
+        _done[limit] = result
+    return _done[limit]
+
+
+def _obstacle() -> str | None:
+    """Why the thresholds are not ours to set."""
+    if sys.platform != "linux":
+        return f"glibc's thresholds exist on Linux only, this is {sys.platform}"
+    if _glibc() is None:
+        return "the C library is not glibc"
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc.mmap_" in tunables or "glibc.malloc.trim_threshold" in tunables:
+        return "GLIBC_TUNABLES sets the allocator's thresholds"
+    for name in _OWN_SETTINGS:
+        if name in os.environ:
+            return f"{name} sets the allocator's thresholds"
+    other = _other_allocator()
+    return f"{other} replaces glibc's allocator" if other else None
+
+
+def _glibc() -> str | None:
+    """Version of glibc as in ``"2.36"``; None with another C library."""
+    try:
+        version = ctypes.CDLL(None).gnu_get_libc_version
+    except (AttributeError, OSError):
+        return None
+    version.restype = ctypes.c_char_p
+    return version().decode()
+
+
+def _other_allocator() -> str | None:
+    """The allocator that is loaded into this process in place of glibc's."""
+    try:
+        with open("/proc/self/maps") as maps:
+            files = {line.split()[-1].rsplit("/", 1)[-1] for line in maps if "/" in line}
+    except OSError:
+        files = {os.environ.get("LD_PRELOAD", "")}
+    return next((name for name in _OTHER_ALLOCATORS if any(name in file for file in files)), None)
+
+
+def _set(limit: int) -> HostMemory:
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+    if mallopt(_M_MMAP_THRESHOLD, limit):
+        mapped = f"blocks below {limit} bytes come from the heap"
+    elif mallopt(_M_MMAP_MAX, 0):
+        # Older versions of glibc take no threshold above 32 MiB, but can do without mapping.
+        mapped = "all blocks come from the heap"
+    else:
+        return HostMemory(False, f"mallopt of glibc {_glibc()} refused")
+    mallopt(_M_TRIM_THRESHOLD, -1)
+    return HostMemory(True, f"{mapped}, which is never trimmed (glibc {_glibc()})")
