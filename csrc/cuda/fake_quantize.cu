@@ -2,10 +2,10 @@
 #include "cuda/fake_quantize.h"
 
 #include "cuda/map.cuh"
-#include "math/convert.h"
-#include "math/fake_quantize.h"
 #include "cuda/reduce.cuh"
 #include "cuda/resident.cuh"
+#include "math/convert.h"
+#include "math/fake_quantize.h"
 
 namespace fastflat::cuda {
 namespace {
@@ -188,8 +188,8 @@ ErrorCode launch_fake_quantize_ste(Pair pair, const Geometry& g, const Quantizer
   return with_types(pair, [&](auto data, auto result) {
     using X = type_of<decltype(data)>;
     using Y = type_of<decltype(result)>;
-    return launch_map<pack_width<X, Y>>(g, StraightThrough<compute_t<X>>(quantizer),
-                                        streams(input<Y>(gy), input<X>(x)), streams(output<X>(gx)), native(stream));
+    return launch_map<pack_width<X, Y>>(g, StraightThrough<compute_t<X>>(quantizer), streams(input<Y>(gy), input<X>(x)),
+                                        streams(output<X>(gx)), native(stream));
   });
 }
 

@@ -18,17 +18,16 @@ struct Quantizer {
   int64_t rules;
 };
 
-ErrorCode launch_fake_quantize(Pair pair, const Geometry& g, const Quantizer& quantizer,
-                               const void* x, void* y, StreamHandle stream);
+ErrorCode launch_fake_quantize(Pair pair, const Geometry& g, const Quantizer& quantizer, const void* x, void* y,
+                               StreamHandle stream);
 
 // gx alone.
-ErrorCode launch_fake_quantize_ste(Pair pair, const Geometry& g, const Quantizer& quantizer,
-                                   const void* gy, const void* x, void* gx, StreamHandle stream);
+ErrorCode launch_fake_quantize_ste(Pair pair, const Geometry& g, const Quantizer& quantizer, const void* gy,
+                                   const void* x, void* gx, StreamHandle stream);
 
 // gx, gs and, with a zero-point, gz in one pass. The workspace has the bytes that the function below names.
-ErrorCode launch_fake_quantize_bwd(Pair pair, const Geometry& g, const Quantizer& quantizer,
-                                   const void* gy, const void* x, void* gx, void* gs, void* gz, void* workspace,
-                                   StreamHandle stream);
+ErrorCode launch_fake_quantize_bwd(Pair pair, const Geometry& g, const Quantizer& quantizer, const void* gy,
+                                   const void* x, void* gx, void* gs, void* gz, void* workspace, StreamHandle stream);
 int64_t fake_quantize_bwd_workspace(Pair pair, const Geometry& g);
 
 // tx, ts, tz may be null. tx has the storage of the result or of x.
@@ -37,8 +36,8 @@ ErrorCode launch_fake_quantize_jvp(Pair pair, bool tangent_of_result, const Geom
                                    StreamHandle stream);
 
 // y and the scale it was quantized with; `quantizer` brings no scale and no zero-point.
-ErrorCode launch_fake_quantize_absmax(Pair pair, const Geometry& g, const Quantizer& quantizer,
-                                      const void* x, void* y, void* scale, void* workspace, StreamHandle stream);
+ErrorCode launch_fake_quantize_absmax(Pair pair, const Geometry& g, const Quantizer& quantizer, const void* x, void* y,
+                                      void* scale, void* workspace, StreamHandle stream);
 int64_t fake_quantize_absmax_workspace(Pair pair, const Geometry& g);
 
 }  // namespace fastflat::cuda

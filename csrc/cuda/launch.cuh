@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one place that launches, and what every kernel stands on: 16-byte access to any range of a dense tensor, and the
-// map from storage offsets to scales. Compiled by nvcc for the device and by g++ against the emulator of tests/emulator.
+// map from storage offsets to scales. Compiled by nvcc for the device and by g++ against the emulator of
+// tests/emulator.
 #pragma once
 
 #include <cstddef>
@@ -40,8 +41,8 @@ __device__ __forceinline__ void store_16(void* to, uint4 v) {
 namespace fastflat::cuda {
 
 inline constexpr int kWarp = 32;
-inline constexpr int kBlock = 256;             // threads of a block, unless a kernel says otherwise
-inline constexpr int kAccess = 16;             // bytes, the widest access there is on every supported GPU
+inline constexpr int kBlock = 256;               // threads of a block, unless a kernel says otherwise
+inline constexpr int kAccess = 16;               // bytes, the widest access there is on every supported GPU
 inline constexpr int64_t kMaxGrid = 0x7fffffff;  // limit of gridDim.x
 inline constexpr int64_t kSmall = int64_t(1) << 30;
 
@@ -230,8 +231,8 @@ struct Position {
   }
 };
 
-// Positions of the offsets base + 0 ... base + kSmall - 1: 64-bit divisions once, 32-bit ones from there. A single scale
-// needs none, and `within` is not kept for it.
+// Positions of the offsets base + 0 ... base + kSmall - 1: 64-bit divisions once, 32-bit ones from there. A single
+// scale needs none, and `within` is not kept for it.
 struct Locator {
   Geometry g;
   Position base;

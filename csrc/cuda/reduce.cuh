@@ -54,8 +54,8 @@ __device__ __forceinline__ Sums<double, K> widen(const Sums<T, K>& sums) {
 // Long runs of one scale: a team of threads walks [begin, end) pack by pack; the packs that overlap its ends are read
 // element by element, so that odd sizes stay wide in the middle.
 template <int N, class F, class In, class Out>
-__global__ void __launch_bounds__(kBlock) reduce_runs_kernel(int64_t, Geometry g, ReducePlan p, F f, In in,
-                                                             Out out, typename F::Compute* partials) {
+__global__ void __launch_bounds__(kBlock)
+    reduce_runs_kernel(int64_t, Geometry g, ReducePlan p, F f, In in, Out out, typename F::Compute* partials) {
   const int teams = kBlock / p.team;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * teams + static_cast<int>(threadIdx.x) / p.team;
   const int rank = static_cast<int>(threadIdx.x) % p.team;
@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(kBlock) reduce_runs_kernel(int64_t, Geometry g
 // Scales that alternate along memory (channels last, short runs): a thread owns N neighbouring columns of the matrix
 // [rows, width], whose scales never change, and walks down its share of the rows.
 template <int N, class F, class In, class Out>
-__global__ void __launch_bounds__(kBlock) reduce_columns_kernel(int64_t n, Geometry g, ReducePlan p, F f, In in,
-                                                                Out out, typename F::Compute* partials) {
+__global__ void __launch_bounds__(kBlock)
+    reduce_columns_kernel(int64_t n, Geometry g, ReducePlan p, F f, In in, Out out, typename F::Compute* partials) {
   using C = typename F::Compute;
   const int64_t column_blocks = ceil_div(p.width, kBlock * N);
   const int64_t part = blockIdx.x / column_blocks;
@@ -142,8 +142,8 @@ __global__ void __launch_bounds__(kBlock) reduce_columns_kernel(int64_t n, Geome
 
 // The second pass: `columns` scales a block, the rest of its threads over the partial results of each.
 template <class F>
-__global__ void __launch_bounds__(kBlock) reduce_finish_kernel(Geometry g, ReducePlan p, F f, int columns,
-                                                               const typename F::Compute* partials) {
+__global__ void __launch_bounds__(kBlock)
+    reduce_finish_kernel(Geometry g, ReducePlan p, F f, int columns, const typename F::Compute* partials) {
   __shared__ double of_thread[F::sums][kBlock];
   const int column = static_cast<int>(threadIdx.x) % columns;
   const int lane = static_cast<int>(threadIdx.x) / columns;
@@ -188,8 +188,8 @@ cudaError_t launch_reduce(const Geometry& g, const F& f, const In& in, const Out
   if (g.numel() > 0) {
     p = plan_reduce(g, N);
     if (!p.direct(g) && !workspace) return cudaErrorInvalidValue;
-    const int64_t blocks = p.columns ? p.parts * ceil_div(p.width, kBlock * N)
-                                     : ceil_div(g.channels * p.parts, kBlock / p.team);
+    const int64_t blocks =
+        p.columns ? p.parts * ceil_div(p.width, kBlock * N) : ceil_div(g.channels * p.parts, kBlock / p.team);
     const auto kernel = p.columns ? reduce_columns_kernel<N, F, In, Out> : reduce_runs_kernel<N, F, In, Out>;
     const cudaError_t error = launch(kernel, blocks, kBlock, stream, g.numel(), g, p, f, in, out, partials);
     if (error != cudaSuccess || p.direct(g)) return error;

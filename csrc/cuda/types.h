@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A cudaStream_t and a cudaError_t as they cross the bridge between the torch side (.cpp), which sees no CUDA header, and
-// the kernel side (.cu), which sees no torch header.
+// A cudaStream_t and a cudaError_t as they cross the bridge between the torch side (.cpp), which sees no CUDA header,
+// and the kernel side (.cu), which sees no torch header.
 #pragma once
 
 #include "core/geometry.h"

@@ -142,29 +142,22 @@ PYBIND11_MODULE(fastflat_functors, m) {
       return same(round_even_by_addition(v), expected) && same(round_even(v), expected);
     });
   });
-  m.def("round_by_addition", [](const Array<double>& x) {
-    return map<double>(x, [](double v) { return round_even_by_addition(v); });
-  });
+  m.def("round_by_addition",
+        [](const Array<double>& x) { return map<double>(x, [](double v) { return round_even_by_addition(v); }); });
   m.def("round", [](const Array<double>& x) { return map<double>(x, [](double v) { return round_even(v); }); });
 
-  m.def("half_disagreements", [] {
-    return narrowing_disagreements(Format{10, 5}, [](float v) { return uint32_t(to_half(v).bits); });
-  });
-  m.def("bfloat16_disagreements", [] {
-    return narrowing_disagreements(Format{7, 8}, [](float v) { return uint32_t(to_bfloat16(v).bits); });
-  });
-  m.def("half_to_float", [](const Array<uint16_t>& x) {
-    return map<float>(x, [](uint16_t v) { return to_float(Half{v}); });
-  });
-  m.def("bfloat16_to_float", [](const Array<uint16_t>& x) {
-    return map<float>(x, [](uint16_t v) { return to_float(BFloat16{v}); });
-  });
-  m.def("float_to_half", [](const Array<float>& x) {
-    return map<uint16_t>(x, [](float v) { return to_half(v).bits; });
-  });
-  m.def("float_to_bfloat16", [](const Array<float>& x) {
-    return map<uint16_t>(x, [](float v) { return to_bfloat16(v).bits; });
-  });
+  m.def("half_disagreements",
+        [] { return narrowing_disagreements(Format{10, 5}, [](float v) { return uint32_t(to_half(v).bits); }); });
+  m.def("bfloat16_disagreements",
+        [] { return narrowing_disagreements(Format{7, 8}, [](float v) { return uint32_t(to_bfloat16(v).bits); }); });
+  m.def("half_to_float",
+        [](const Array<uint16_t>& x) { return map<float>(x, [](uint16_t v) { return to_float(Half{v}); }); });
+  m.def("bfloat16_to_float",
+        [](const Array<uint16_t>& x) { return map<float>(x, [](uint16_t v) { return to_float(BFloat16{v}); }); });
+  m.def("float_to_half",
+        [](const Array<float>& x) { return map<uint16_t>(x, [](float v) { return to_half(v).bits; }); });
+  m.def("float_to_bfloat16",
+        [](const Array<float>& x) { return map<uint16_t>(x, [](float v) { return to_bfloat16(v).bits; }); });
 
   m.def("larger_magnitude", [](double a, double b) { return larger_magnitude(a, b); });
   m.def("absmax_scale", [](float absmax, float qmax) { return absmax_scale(absmax, qmax); });

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the test modules (emulated CUDA kernels, bare functors) with g++, ninja and pybind11, at test time.
 
-Objects stay under ``build/tests`` and are rebuilt when a source, a header or a flag changes. Nothing here is in a wheel.
+Objects stay under ``build/tests`` and are rebuilt when a source, a header or a flag changes. None is in a wheel.
 """
 
 from __future__ import annotations

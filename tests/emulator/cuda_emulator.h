@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a .cu file on the CPU: launch.cuh includes this header where nvcc is absent. One fibre per CUDA thread, one block
-// at a time on one OS thread; barriers and shuffles suspend a fibre until its partners arrive, and report partners that
-// never do. A seed shuffles blocks and threads, so that results which depend on their order change. One-dimensional
-// grids and static shared memory: what the kernels use.
+// Runs a .cu file on the CPU: launch.cuh includes this header where nvcc is absent. One fibre per CUDA thread, one
+// block at a time on one OS thread; barriers and shuffles suspend a fibre until its partners arrive, and report
+// partners that never do. A seed shuffles blocks and threads, so that results which depend on their order change.
+// One-dimensional grids and static shared memory: what the kernels use.
 #pragma once
 
 #include <ucontext.h>
@@ -51,8 +51,8 @@ namespace fastflat::emulator {
 
 // What a test sets, and what it reads back.
 struct Control {
-  uint64_t seed = 0;        // 0: natural order
-  int64_t edge_blocks = 0;  // k > 0: only the first and last k blocks of a grid run
+  uint64_t seed = 0;                              // 0: natural order
+  int64_t edge_blocks = 0;                        // k > 0: only the first and last k blocks of a grid run
   int64_t read = 0, written = 0, parameters = 0;  // bytes of global memory, as the kernels' accessors count them
   int64_t launches = 0, blocks = 0;
   cudaStream_t stream = nullptr;  // of the last launch

@@ -110,9 +110,7 @@ class Emulated:
         work = poison(torch.empty(m.fake_quantize_absmax_workspace(pair, g), dtype=torch.uint8))
         q = m.Quantizer(0, 0, qmin, qmax, eps, 1.0, rules)
         self._check(
-            m.fake_quantize_absmax(
-                pair, g, q, x.data_ptr(), y.data_ptr(), scale.data_ptr(), work.data_ptr(), STREAM
-            )
+            m.fake_quantize_absmax(pair, g, q, x.data_ptr(), y.data_ptr(), scale.data_ptr(), work.data_ptr(), STREAM)
         )
         return y, scale
 

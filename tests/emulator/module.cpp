@@ -46,22 +46,21 @@ PYBIND11_MODULE(fastflat_emulator, m) {
       .value("f32_bf16", f32_bf16)
       .value("f32_f16", f32_f16);
   py::class_<Geometry>(m, "Geometry")
-      .def(py::init([](int64_t outer, int64_t channels, int64_t inner) {
-        return Geometry{outer, channels, inner};
-      }))
+      .def(py::init([](int64_t outer, int64_t channels, int64_t inner) { return Geometry{outer, channels, inner}; }))
       .def_readonly("outer", &Geometry::outer)
       .def_readonly("channels", &Geometry::channels)
       .def_readonly("inner", &Geometry::inner);
   py::class_<Quantizer>(m, "Quantizer")
-      .def(py::init([](Address scale, Address zero_point, int64_t qmin, int64_t qmax, double eps, double factor,
-                       int64_t rules) {
-        return Quantizer{at(scale), at(zero_point), qmin, qmax, eps, factor, rules};
-      }));
+      .def(
+          py::init([](Address scale, Address zero_point, int64_t qmin, int64_t qmax, double eps, double factor,
+                      int64_t rules) { return Quantizer{at(scale), at(zero_point), qmin, qmax, eps, factor, rules}; }));
 
-  m.def("set_order", [](uint64_t seed) { emulator::control.seed = seed; },
-        "Shuffles blocks and threads from here on; 0 is the natural order.");
-  m.def("set_edge_blocks", [](int64_t k) { emulator::control.edge_blocks = k; },
-        "Runs only the first and last k blocks of every grid; 0 runs all.");
+  m.def(
+      "set_order", [](uint64_t seed) { emulator::control.seed = seed; },
+      "Shuffles blocks and threads from here on; 0 is the natural order.");
+  m.def(
+      "set_edge_blocks", [](int64_t k) { emulator::control.edge_blocks = k; },
+      "Runs only the first and last k blocks of every grid; 0 runs all.");
   m.def("take_counts", &take_counts, "Bytes and launches since the last call.");
   m.def("sanitized", [] {
 #ifdef __SANITIZE_ADDRESS__
@@ -74,14 +73,15 @@ PYBIND11_MODULE(fastflat_emulator, m) {
   m.def("identity", [](Address x, Address y, int64_t bytes, Address stream) {
     return launch_identity(at(x), at(y), bytes, at(stream));
   });
-  m.def("fake_quantize", [](Pair pair, const Geometry& g, const Quantizer& q, Address x, Address y,
-                            Address stream) { return launch_fake_quantize(pair, g, q, at(x), at(y), at(stream)); });
-  m.def("fake_quantize_ste", [](Pair pair, const Geometry& g, const Quantizer& q, Address gy, Address x,
-                                Address gx, Address stream) {
-    return launch_fake_quantize_ste(pair, g, q, at(gy), at(x), at(gx), at(stream));
+  m.def("fake_quantize", [](Pair pair, const Geometry& g, const Quantizer& q, Address x, Address y, Address stream) {
+    return launch_fake_quantize(pair, g, q, at(x), at(y), at(stream));
   });
-  m.def("fake_quantize_bwd", [](Pair pair, const Geometry& g, const Quantizer& q, Address gy, Address x,
-                                Address gx, Address gs, Address gz, Address workspace, Address stream) {
+  m.def("fake_quantize_ste",
+        [](Pair pair, const Geometry& g, const Quantizer& q, Address gy, Address x, Address gx, Address stream) {
+          return launch_fake_quantize_ste(pair, g, q, at(gy), at(x), at(gx), at(stream));
+        });
+  m.def("fake_quantize_bwd", [](Pair pair, const Geometry& g, const Quantizer& q, Address gy, Address x, Address gx,
+                                Address gs, Address gz, Address workspace, Address stream) {
     return launch_fake_quantize_bwd(pair, g, q, at(gy), at(x), at(gx), at(gs), at(gz), at(workspace), at(stream));
   });
   m.def("fake_quantize_bwd_workspace", &fake_quantize_bwd_workspace);
@@ -109,6 +109,7 @@ PYBIND11_MODULE(fastflat_emulator, m) {
     return plan;
   });
 
-  m.def("probe", [](const std::string& name, Address data, int64_t n) { return probe(name, at<float>(data), n); },
-        "Runs a deliberately right or wrong kernel of probes.cu.");
+  m.def(
+      "probe", [](const std::string& name, Address data, int64_t n) { return probe(name, at<float>(data), n); },
+      "Runs a deliberately right or wrong kernel of probes.cu.");
 }

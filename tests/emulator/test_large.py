@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """More than 2^31 elements: the real launch over sparse memory, of which only the first and last blocks run.
 
-The arrays are mapped and never touched in between, so gigabytes of addresses cost a few pages. The result at the far end
-must be that of the same elements in a small tensor.
+The arrays are mapped and never touched in between, so gigabytes of addresses cost a few pages. The far end must be what
+the same elements give in a small tensor.
 """
 
 import mmap

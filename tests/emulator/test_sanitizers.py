@@ -46,7 +46,8 @@ def test_kernels_are_clean(sanitized_environment):
         *("tests/emulator/test_emulator.py", "tests/emulator/test_kernels.py"),
     )
     assert done.returncode == 0, f"{select}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
 
 
 PROBE = """
