@@ -40,6 +40,25 @@ class _Scaled(Function):
         return gradient * ctx.factor, None
 
 
+def lsq(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None = None, factor: float = 1.0) -> Tensor:
+    """``y = round(clamp(x / s, qmin, qmax)) * s`` in plain PyTorch operations, one kernel and one stored tensor each.
+
+    Args:
+        x: any shape.
+        scale: ``[]``, or ``[C]`` along `axis`; its gradient is multiplied by `factor`.
+
+    Returns:
+        y, in the type that PyTorch's promotion gives: fp32 for 16-bit x with an fp32 scale per channel.
+    """
+    if scale.requires_grad:
+        scale = _Scaled.apply(scale, factor)
+    if axis is not None:
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        scale = scale.view(shape)
+    return _Round.apply(torch.clamp(x / scale, qmin, qmax)) * scale
+
+
 class EagerQuantizer(Quantizer):
     """Learned step size in plain PyTorch operations, one kernel and one stored tensor each::
 
@@ -54,14 +73,9 @@ class EagerQuantizer(Quantizer):
         _plain(type(self).__name__, spec, mask="before", arithmetic="divide")
 
     def quantize(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-        scale = self.scale
-        if scale.requires_grad:
-            scale = _Scaled.apply(scale, self.spec.grad_factor(x.numel(), max(scale.numel(), 1)))
-        if self.spec.axis is not None:
-            shape = [1] * x.dim()
-            shape[self.spec.axis] = -1
-            scale = scale.view(shape)
-        y = _Round.apply(torch.clamp(x / scale, self.spec.qmin, self.spec.qmax)) * scale
+        spec = self.spec
+        factor = spec.grad_factor(x.numel(), max(self.scale.numel(), 1))
+        y = lsq(x, self.scale, spec.qmin, spec.qmax, spec.axis, factor)
         return y.to(x.dtype if dtype is None else dtype)
 
 
