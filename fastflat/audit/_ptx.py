@@ -99,6 +99,8 @@ def _trace(sources: dict[str, set[str]], opcode: str, operands: str) -> None:
     """Notes where an address may come from: through additions, conversions and moves, not through products."""
     if opcode.startswith("ld.param"):
         parameter = _PARAMETER.search(operands)
+        if parameter is None:  # the result of a called function
+            return
         for offset, register in enumerate(_REGISTER.findall(operands.split("[")[0])):
             # Members of a vector load lie 8 bytes apart: only 64-bit ones can be pointers.
             at = int(parameter[2] or 0) + 8 * offset
