@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing: everything that is compared takes turns in one process, so that what else the machine does hits all alike."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        seconds: rounds go on until this time has passed ...
+        rounds: ... but at least and at most so many.
+        block: a call shorter than this is repeated within a round, in seconds.
+    """
+
+    seconds: float = 1.0
+    rounds: tuple[int, int] = (7, 60)
+    block: float = 2e-3
+
+
+QUICK = Effort(seconds=0.25, rounds=(5, 20), block=1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median and quartiles over the rounds, and the fastest round."""
+
+    median: float
+    q1: float
+    q3: float
+    best: float
+    rounds: int
+    calls: int
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch's number of threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], effort: Effort, synchronize: Callable[[], None] = lambda: None
+) -> dict[str, Timing]:
+    """Time each call in rounds: a round runs a block of every call, in an order that rotates from round to round.
+
+    Args:
+        calls: what to time, by name; each is warmed up first.
+        effort: how long.
+        synchronize: waits for the device; runs at both ends of a block.
+
+    Returns:
+        The timings by the same names.
+    """
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    with _no_collection():
+        repeats = {name: _repeats(calls[name], effort.block, synchronize) for name in names}
+        began = time.perf_counter()
+        least, most = effort.rounds
+        for turn in range(most):
+            if turn >= least and time.perf_counter() - began > effort.seconds:
+                break
+            first = turn % len(names) if names else 0
+            for name in names[first:] + names[:first]:
+                samples[name].append(_block(calls[name], repeats[name], synchronize) / repeats[name])
+    return {name: _timing(samples[name], repeats[name]) for name in names}
+
+
+def _block(call: Callable[[], object], repeats: int, synchronize: Callable[[], None]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def _repeats(call: Callable[[], object], block: float, synchronize: Callable[[], None]) -> int:
+    """Calls that fill a block, found by doubling; warms the call up on the way."""
+    _block(call, 2, synchronize)
+    count = 1
+    while True:
+        taken = _block(call, count, synchronize)
+        if taken >= block / 2 or count >= 1 << 16:
+            return max(1, round(count * block / max(taken, 1e-9))) if taken < block else count
+        count *= 2
+
+
+def _timing(samples: list[float], calls: int) -> Timing:
+    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    return Timing(median, q1, q3, min(samples), len(samples), calls)
+
+
+def copy_of(x: torch.Tensor) -> Callable[[], object]:
+    """A copy of x into memory that is already there: the yardstick."""
+    source = x.detach()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    """What waits for the work queued on a device."""
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who computes a case. Each peer is a function from the case's data to a forward function of ``(x, scale)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..cases import Data
+from . import builtin, compiled, eager, floor, ours
+
+Forward = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class Unsupported(Exception):
+    """The peer has no form of this case; the text says what it lacks."""
+
+
+#: By op family: name in reports -> maker. The floor comes first: other columns are relative to it.
+PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
+    "fake_quantize": {
+        "mul": floor.mul,
+        "fastflat": ours.fake_quantize,
+        "eager": eager.lsq,
+        "compile": compiled.lsq,
+        "builtin": builtin.learnable,
+        "builtin-fixed": builtin.fixed,
+    },
+    "identity": {"mul": floor.mul, "fastflat": ours.identity, "clone": floor.clone},
+}
+
+#: Traffic of the floors, in copies of the data: one read and one write a pass.
+FLOORS = ("mul", "clone")
+
+
+def prepare(peer: str, data: Data) -> Callable[[], None]:
+    """A call that does the case's passes once and keeps nothing.
+
+    Raises:
+        Unsupported: the peer cannot compute this case.
+    """
+    try:
+        forward = PEERS[data.case.family][peer](data)
+        call = _call(forward, data)
+        call()
+    except Exception as error:  # whatever a peer raises is its own: the other rows must not be lost
+        if peer == "fastflat":
+            raise
+        raise Unsupported(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}") from None
+    return call
+
+
+def _call(forward: Forward, data: Data) -> Callable[[], None]:
+    x, scale, gy = data.x, data.scale, data.gy
+    if data.case.passes == "forward":
+
+        def call() -> None:
+            with torch.no_grad():
+                forward(x, scale)
+
+        return call
+    inputs = (x,) if scale is None or not _uses_scale(forward, data) else (x, scale)
+
+    def call() -> None:
+        torch.autograd.grad(forward(x, scale), inputs, gy)
+
+    return call
+
+
+def _uses_scale(forward: Forward, data: Data) -> bool:
+    """Whether the scale gets a gradient from this peer."""
+    y = forward(data.x, data.scale)
+    return torch.autograd.grad(y, data.scale, data.gy, allow_unused=True)[0] is not None

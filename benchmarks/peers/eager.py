@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LSQ as Python code writes it: a chain of PyTorch operations."""
+
+from __future__ import annotations
+
+from fastflat.quant import eager
+
+
+def formula(data):
+    """The chain as a function of (x, scale), ready to run or to compile. Groups are rows of a view."""
+    spec, factor, dtype = data.case.spec, data.factor, data.x.dtype
+    qmin, qmax, group = spec.qmin, spec.qmax, spec.group
+    if group is None:
+        return lambda x, scale: eager.lsq(x, scale, qmin, qmax, spec.axis, factor).to(dtype)
+
+    def in_groups(x, scale):
+        y = eager.lsq(x.view(-1, group), scale.view(-1), qmin, qmax, 0, factor)
+        return y.view(x.shape).to(dtype)
+
+    return in_groups
+
+
+def lsq(data):
+    return formula(data)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as rows of JSON and as a table in the terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+#: Changes when the meaning of a field does.
+FORMAT = 1
+
+#: Fields that name a case: rows that agree in them were measured in turns.
+CASE = ("family", "threads", "dtype", "granularity", "passes", "elements")
+#: Column of the others' factor: how many times longer they take than fastflat.
+_OURS, _FLOOR = "fastflat", "mul"
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write aside and rename: a file of that name is whole or is the old one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps({"format": FORMAT, **result}, indent=1) + "\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Results of an earlier run.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        result = json.loads(path.read_text())
+        known = result["format"] == FORMAT and isinstance(result["rows"], list)
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
+        known = False
+    if not known:
+        raise ValueError(f"bench: {path} must be results of format {FORMAT}, got something else")
+    return result
+
+
+def seconds(value: float) -> str:
+    """A time with three digits and its unit."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def elements(count: int) -> str:
+    exponent = count.bit_length() - 1
+    return f"2^{exponent}" if count == 1 << exponent else str(count)
+
+
+def cases(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
+    """The rows of each case: what names it, and its rows by peer."""
+    found: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[field] for field in CASE), {})[row["peer"]] = row
+    for key, by_peer in found.items():
+        yield dict(zip(CASE, key, strict=True)), by_peer
+
+
+def quantize_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines: for each case the copy, fastflat, its share of the copy's bandwidth, its time in floors, and by
+    how many times each peer takes longer."""
+    rows = result["rows"]
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    others = [peer for peer in peers if peer not in (_OURS, _FLOOR)]
+    head = ["elements", "type", "scale", "threads", "copy", _OURS, "spread", "copies", "of copy bw", f"x {_FLOOR}"]
+    head += [f"vs {peer}" for peer in others]
+    lines = []
+    for case, by_peer in cases(rows):
+        ours = by_peer.get(_OURS, {})
+        time = ours.get("seconds")
+        line = [elements(case["elements"]), case["dtype"], case["granularity"], str(case["threads"])]
+        line.append(seconds(next(iter(by_peer.values()))["copy_seconds"]))
+        if time is None:
+            line += ["-"] * 4
+        else:
+            spread = 100 * (ours["q3"] - ours["q1"]) / time
+            line += [seconds(time), f"+-{spread / 2:.0f} %", f"{ours['copies']:.2f}"]
+            line.append(f"{100 * ours['of_copy_bandwidth']:.0f} %")
+        line.append(_ratio(by_peer, _OURS, _FLOOR))
+        line += [_ratio(by_peer, peer, _OURS) for peer in others]
+        lines.append(line)
+    return head, lines
+
+
+def _ratio(by_peer: dict[str, dict[str, Any]], of: str, to: str) -> str:
+    a, b = (by_peer.get(name, {}).get("seconds") for name in (of, to))
+    return "-" if a is None or b is None else f"{a / b:.2f}"
+
+
+def step_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of a training step: its time, and what the quantizers add to the step without any."""
+    head = ["threads", "quantizers", "step", "spread", "over fp32", "of identity's"]
+    lines = []
+    for row in result["rows"]:
+        spread = 100 * (row["q3"] - row["q1"]) / row["seconds"] / 2
+        line = [str(row["threads"]), row["peer"], seconds(row["seconds"]), f"+-{spread:.0f} %"]
+        over, share = row["overhead"], row["of_identity"]
+        line.append("-" if over is None else f"{100 * over:+.1f} %")
+        line.append("-" if share is None else f"{share:.2f} x")
+        lines.append(line)
+    return head, lines
+
+
+def compare_table(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines: each row that both runs have, and the new time over the old, in copies of its own run."""
+    before = {(*[row.get(f) for f in CASE], row["peer"]): row for row in old["rows"]}
+    lines = []
+    for row in new["rows"]:
+        earlier = before.get((*[row.get(f) for f in CASE], row["peer"]))
+        if earlier is None or earlier.get("copies") is None or row.get("copies") is None:
+            continue
+        names = [elements(row["elements"]), row["dtype"], row["granularity"], str(row["threads"]), row["peer"]]
+        ratio = row["copies"] / earlier["copies"]
+        lines.append([*names, f"{earlier['copies']:.2f}", f"{row['copies']:.2f}", f"{ratio:.2f}"])
+    return ["elements", "type", "scale", "threads", "peer", "old, copies", "new, copies", "new / old"], lines
+
+
+def show(title: str, head: list[str], lines: list[list[str]], notes: list[str], echo: Callable[[str], Any]) -> None:
+    """Print a table by rich, as wide as its columns need where the output is no terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=SIMPLE_HEAD)
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    needed = sum(max(len(cell) for cell in column) + 3 for column in zip(head, *lines, strict=True))
+    text = io.StringIO()
+    Console(file=text, width=max(needed, shutil.get_terminal_size().columns)).print(table)
+    echo(text.getvalue().rstrip())
+    for note in notes:
+        echo(note)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures cases peer by peer and turns timings into rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from . import measure
+from .cases import Case, name_of
+from .measure import Effort
+from .peers import FLOORS, Unsupported, prepare
+
+_COPY = "copy"
+
+
+def rows(case: Case, peers: Sequence[str], threads: int, effort: Effort, device: torch.device) -> list[dict[str, Any]]:
+    """One row per peer, all measured in turns with a copy of the same size.
+
+    A row holds the median ``seconds`` of a call with quartiles ``q1``, ``q3`` and ``best`` over ``rounds`` of
+    ``calls`` each; ``bytes`` it must move and the ``bandwidth`` that follows (bytes a second); ``copy_seconds``;
+    ``copies``, its time in copies of the data; ``of_copy_bandwidth``. A peer without a form of the case has its reason
+    in ``unsupported`` and no timing.
+    """
+    named = {
+        "family": case.family,
+        "threads": threads,
+        "dtype": name_of(case.dtype),
+        "granularity": case.granularity,
+        "passes": case.passes,
+        "elements": case.elements,
+        "shape": list(case.shape),
+    }
+    with measure.threads(threads) if device.type == "cpu" else contextlib.nullcontext():
+        data = case.data(device)
+        calls, missing = {_COPY: measure.copy_of(data.x)}, {}
+        for peer in peers:
+            try:
+                calls[peer] = prepare(peer, data)
+            except Unsupported as reason:
+                missing[peer] = str(reason)
+        timings = measure.interleaved(calls, effort, measure.synchronizer(device))
+    copy = timings[_COPY].median
+    return [
+        {**named, "peer": peer, "copy_seconds": copy}
+        | ({"unsupported": missing[peer]} if peer in missing else _numbers(case, peer, timings[peer], copy))
+        for peer in peers
+    ]
+
+
+def _numbers(case: Case, peer: str, timing: measure.Timing, copy: float) -> dict[str, Any]:
+    moved = case.bytes
+    if peer in FLOORS:
+        moved = case.copied_bytes * (2 if case.passes == "both" else 1)
+    bandwidth = moved / timing.median
+    return {
+        "seconds": timing.median,
+        "q1": timing.q1,
+        "q3": timing.q3,
+        "best": timing.best,
+        "rounds": timing.rounds,
+        "calls": timing.calls,
+        "bytes": moved,
+        "bandwidth": bandwidth,
+        "copies": timing.median / copy,
+        "of_copy_bandwidth": bandwidth / (case.copied_bytes / copy),
+    }
+
+
+def all_rows(
+    cases: Sequence[Case], peers: Sequence[str], threads: Sequence[int], effort: Effort, device: torch.device
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The rows of every case at every number of threads, with a label to show meanwhile."""
+    for count in threads:
+        for case in cases:
+            yield f"{case.label}, {count} threads", rows(case, peers, count, effort, device)

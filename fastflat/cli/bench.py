@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastflat bench``: throughput side by side with other implementations, on the machine at hand."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import fastflat
+from fastflat.cli import _models
+
+#: The folder of a checkout, where it is one.
+_ROOT = Path(fastflat.__file__).resolve().parent.parent
+_SIZES = "2^12..2^24/2,2^25"
+_QUICK_SIZES = "2^12,2^16,2^20,2^22"
+_SMALLEST, _LARGEST = 2**7, 2**28
+_PEERS = "mul,fastflat,eager,compile,builtin"
+_STEP_PEERS = "fp32,view,identity,mul,fastflat,eager,builtin"
+
+
+def package(name: str = "") -> Any:
+    """A module of ``fastflat.benchmarks``; of a checkout's folder ``benchmarks`` where fastflat is not installed.
+
+    Raises:
+        ImportError: there is neither.
+    """
+    whole = "fastflat.benchmarks"
+    if importlib.util.find_spec(whole) is None:
+        file = _ROOT / "benchmarks" / "__init__.py"
+        if not file.is_file():
+            raise ImportError(f"{whole} is not installed; pip install --no-build-isolation -e .")
+        spec = importlib.util.spec_from_file_location(whole, file, submodule_search_locations=[str(file.parent)])
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[whole] = module
+        spec.loader.exec_module(module)
+        fastflat.benchmarks = module
+    return importlib.import_module(f"{whole}.{name}" if name else whole)
+
+
+@click.group(context_settings={"max_content_width": 110})
+def bench() -> None:
+    """Measure throughput on this machine, all competitors taking turns in one process.
+
+    Nothing is timed unless the kernels agree with the reference.
+
+    \b
+    Examples:
+      fastflat bench quantize --quick
+      fastflat bench step --threads 1,all
+      fastflat bench compare old.json new.json
+    """
+
+
+_THREADS = click.option("--threads", default="1,all", show_default=True, help="Numbers of threads: 1,4,all.")
+_ALLOCATOR = click.option(
+    "--allocator",
+    type=click.Choice(["tuned", "default"]),
+    default="tuned",
+    show_default=True,
+    help="tuned: fastflat.tune_host_memory() first; default: as the C library came.",
+)
+_JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every row to this file.")
+
+
+@bench.command()
+@click.option("--sizes", help=f"Elements: 2^12,2^20 or 2^12..2^24/2 (every second power). [default: {_SIZES}]")
+@click.option("--dtypes", default="fp32,bf16", show_default=True, help="Of fp32, bf16, fp16.")
+@click.option(
+    "--granularity", default="tensor,channel,group32", show_default=True, help="Of tensor, channel, group32, group128."
+)
+@click.option(
+    "--passes", default="both", show_default=True, help="both: forward and backward; forward; or both,forward."
+)
+@click.option("--peers", default=_PEERS, show_default=True, help="Who computes; builtin-fixed trains no scale.")
+@_THREADS
+@click.option("--family", type=click.Choice(["fake_quantize", "identity"]), default="fake_quantize", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@_ALLOCATOR
+@click.option("--quick", is_flag=True, help=f"Fewer rounds; {_QUICK_SIZES} in fp32, unless others are given.")
+@click.option("--gate", is_flag=True, help="Run the op's test file first, and refuse if it is red (in a checkout).")
+@_JSON
+@click.pass_context
+def quantize(ctx: click.Context, **options: Any) -> None:
+    """Fake-quantization to 4 bits with a learned scale against other implementations of it.
+
+    Each case is timed in turns with a copy of the data. "of copy bw" is the traffic that the case cannot avoid, per
+    second, over that of the copy; "x mul" is the time over that of an autograd Function of one torch.mul each way.
+
+    \b
+    Examples:
+      fastflat bench quantize
+      fastflat bench quantize --sizes 2^20,2^22 --dtypes fp32 --threads 1 --json result.json
+      fastflat bench quantize --device cuda --sizes 2^24..2^28
+    """
+    given = ctx.get_parameter_source("dtypes") is click.core.ParameterSource.COMMANDLINE
+    quick = options["quick"]
+    cases, peers, measure = package("cases"), package("peers"), package("measure")
+    family = options["family"]
+    device = _device(options["device"])
+    wanted_peers = _known("peers", options["peers"], peers.PEERS[family]) if family == "fake_quantize" else None
+    names = list(wanted_peers or peers.PEERS[family])
+    dtypes = _known("dtypes", "fp32" if quick and not given else options["dtypes"], cases.DTYPES)
+    passes = _known("passes", options["passes"], cases.PASSES)
+    sizes = parse_sizes(options["sizes"] or (_QUICK_SIZES if quick else _SIZES))
+    threads = parse_threads(options["threads"]) if device.type == "cpu" else [torch.get_num_threads()]
+    _writable(options["json_file"])
+    module = package(f"cases.{family}")
+    arguments = {"sizes": sizes, "dtypes": [cases.DTYPES[name] for name in dtypes], "passes": passes}
+    if family == "fake_quantize":
+        arguments["granularities"] = _known("granularity", options["granularity"], module.GRANULARITIES)
+    chosen = list(module.cases(**arguments))
+
+    memory = _memory(options["allocator"])
+    _gate(device, arguments["dtypes"], options["gate"])
+    effort = measure.QUICK if quick else measure.Effort()
+    result = {"benchmark": family, **_where(device, memory), "effort": vars(effort), "rows": []}
+    runs = package("run").all_rows(chosen, names, threads, effort, device)
+    for rows in _with_bar(runs, len(chosen) * len(threads)):
+        result["rows"] += rows
+    _finish(result, "quantize_table", options["json_file"])
+
+
+@bench.command()
+@click.option("--batch", type=click.IntRange(1, 4096), default=64, show_default=True, help="Images in a step.")
+@click.option("--bits", type=click.IntRange(1, 16), default=4, show_default=True, help="Of weights and activations.")
+@click.option("--peers", default=_STEP_PEERS, show_default=True, help="What stands in the places of the quantizers.")
+@_THREADS
+@_ALLOCATOR
+@click.option("--quick", is_flag=True, help="Fewer rounds.")
+@_JSON
+def step(**options: Any) -> None:
+    """A training step of ResNet-20 on 32x32 images, and what the quantizers add to it.
+
+    identity: autograd Functions that copy, in the same places; view: Functions that do nothing at all. "of identity's"
+    is the overhead over the fp32 step in units of identity's.
+
+    \b
+    Example:
+      fastflat bench step --batch 64 --threads 1 --json step.json
+    """
+    steps, measure = package("step"), package("measure")
+    names = _known("peers", options["peers"], steps.QUANTIZERS)
+    threads = parse_threads(options["threads"])
+    _writable(options["json_file"])
+    memory = _memory(options["allocator"])
+    _gate(torch.device("cpu"), [torch.float32], False)
+    model = _models.build("resnet20", (3, 32, 32), 10, seed=0)
+    calls = steps.steps(model, (3, 32, 32), options["batch"], options["bits"], _models.ends(model), names)
+    effort = measure.QUICK if options["quick"] else measure.Effort(seconds=90.0, rounds=(9, 31), block=0.0)
+    shape = {"model": "resnet20", "batch": options["batch"], "bits": options["bits"]}
+    result = {"benchmark": "step", **_where(torch.device("cpu"), memory), **shape, "effort": vars(effort), "rows": []}
+    runs = ((f"step, {count} threads", steps.rows(calls, count, effort)) for count in threads)
+    for rows in _with_bar(runs, len(threads)):
+        result["rows"] += rows
+    _finish(result, "step_table", options["json_file"])
+
+
+@bench.command()
+@click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def compare(old: Path, new: Path) -> None:
+    """Two results of `bench quantize`, row by row, each in copies of its own run.
+
+    \b
+    Example:
+      fastflat bench compare before.json after.json
+    """
+    report, machine = package("report"), package("machine")
+    before, after = report.read(old), report.read(new)
+    head, lines = report.compare_table(before, after)
+    if not lines:
+        raise ValueError(f"bench: {old} and {new} must share a row, got none")
+    notes = [f"{name}: {machine.line(result['machine'])}" for name, result in (("old", before), ("new", after))]
+    report.show("bench compare", head, lines, notes, click.echo)
+
+
+def parse_sizes(text: str) -> list[int]:
+    """``2^12,4096`` and ranges ``2^12..2^24`` of powers of two, every k-th with ``/k``."""
+    sizes: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"2\^(\d+)(?:\.\.2\^(\d+)(?:/([1-9]\d*))?)?|(\d+)", part.strip())
+        if not found:
+            raise ValueError(f"bench: --sizes must be like 2^12,2^20 or 2^12..2^24/2, got {part.strip()!r}")
+        first, last, stride, plain = found.groups()
+        if plain:
+            sizes.append(int(plain))
+        else:
+            exponents = range(int(first), int(last or first) + 1, int(stride or 1))
+            if len(exponents) == 0 or exponents[-1] > 63:
+                raise ValueError(f"bench: --sizes must ascend and end at 2^63 at most, got {part.strip()!r}")
+            sizes += [2**exponent for exponent in exponents]
+    for size in sizes:
+        if size & (size - 1) or not _SMALLEST <= size <= _LARGEST:
+            raise ValueError(f"bench: --sizes must be powers of two from {_SMALLEST} to {_LARGEST}, got {size}")
+    return list(dict.fromkeys(sizes))
+
+
+def parse_threads(text: str) -> list[int]:
+    """``1,4,all``: all means as many as PyTorch takes by itself."""
+    most = torch.get_num_threads()
+    counts = []
+    for part in (part.strip() for part in text.split(",")):
+        if part != "all" and not (part.isdecimal() and 1 <= int(part) <= 1024):
+            raise ValueError(f"bench: --threads must be numbers from 1 to 1024 or all, got {part!r}")
+        counts.append(most if part == "all" else int(part))
+    return list(dict.fromkeys(counts))
+
+
+def _known(option: str, text: str, names: Any) -> list[str]:
+    chosen = [part.strip() for part in text.split(",")]
+    for name in chosen:
+        if name not in names:
+            raise ValueError(f"bench: --{option} must be of {', '.join(names)}, got {name!r}")
+    return list(dict.fromkeys(chosen))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"bench: --device must be cpu or cuda, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"bench: --device must be one PyTorch sees, got {name!r} with {torch.cuda.device_count()} GPUs"
+        )
+    return device
+
+
+def _writable(target: Path | None) -> None:
+    if target is not None and (target.is_dir() or not target.resolve().parent.is_dir()):
+        raise ValueError(f"bench: --json must name a file in an existing folder, got {target}")
+
+
+def _memory(allocator: str) -> str:
+    """The allocator's state in words."""
+    if allocator == "default":
+        return "default"
+    done = fastflat.tune_host_memory()
+    return f"tuned: {done.reason}" if done.applied else f"default: {done.reason}"
+
+
+def _gate(device: torch.device, dtypes: list[torch.dtype], with_tests: bool) -> None:
+    gate = package("gate")
+    if with_tests:
+        tests = _ROOT / "tests" / "ops" / "test_fake_quantize.py"
+        if not tests.is_file():
+            raise ValueError("bench: --gate must run in a checkout with tests/ops/test_fake_quantize.py, got none")
+        red = gate.tests_are_red(tests)
+        if red:
+            raise click.ClickException(f"bench: refused, the op's tests are red: {red}")
+    wrong = gate.mistakes(device, dtypes)
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise click.ClickException(f"bench: refused, the kernels differ from the reference in {wrong[0]}{more}")
+
+
+def _where(device: torch.device, memory: str) -> dict[str, Any]:
+    return {"machine": package("machine").describe(device), "device": str(device), "allocator": memory}
+
+
+def _with_bar(runs: Any, total: int):
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="bench", unit="case", leave=False) as bar:
+        for label, rows in runs:
+            bar.set_postfix_str(label, refresh=False)
+            bar.update()
+            yield rows
+
+
+def _finish(result: dict[str, Any], table: str, target: Path | None) -> None:
+    report, machine = package("report"), package("machine")
+    if target is not None:
+        report.write(target.resolve(), result)
+    head, lines = getattr(report, table)(result)
+    notes = [machine.line(result["machine"]), f"allocator {result['allocator']}"]
+    missing = {row["peer"]: row["unsupported"] for row in result["rows"] if "unsupported" in row}
+    notes += [f"{peer}: no form of some cases: {reason}" for peer, reason in missing.items()]
+    report.show(f"bench {result['benchmark']}", head, lines, notes, click.echo)
