@@ -23,9 +23,8 @@ _STORED_AS = {
 }
 
 
-def values_wanted() -> bool:
-    """Whether FASTFLAT_CHECK=1 asks for value checks at every call (they synchronise with the device)."""
-    return os.environ.get("FASTFLAT_CHECK") == "1"
+#: Whether FASTFLAT_CHECK=1 asked, at import, for value checks at every call (they synchronise with the device).
+VALUES_WANTED = os.environ.get("FASTFLAT_CHECK") == "1"
 
 
 def fail(op: str, argument: str, want: str, got: object, hint: str = "") -> None:
@@ -68,7 +67,8 @@ def parameter(op: str, name: str, p: object, x: Tensor, spec: QuantSpec) -> None
         if spec.axis is not None:
             text = f"have shape [C={want[0]}]"
         else:
-            text = f"have shape {list(want)}" + (f" (groups of {spec.group})" if spec.group else " (one for the tensor)")
+            meaning = f"groups of {spec.group}" if spec.group else "one for the tensor"
+            text = f"have shape {list(want)} ({meaning})"
         fail(op, name, text, list(p.shape))
 
 

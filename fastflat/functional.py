@@ -61,13 +61,12 @@ def fake_quantize(
     Source: Jacob et al., CVPR 2018 (affine grid); Esser et al., ICLR 2020, eq. 1-5 (LSQ); Bhalgat et al., 2020 (LSQ+).
     """
     plan = _plan("fake_quantize", x, scale, zero_point, spec, dtype)
-    if scale.dtype != x.dtype or x.dtype in (torch.bfloat16, torch.float16):
-        wanted = compute_dtype(x.dtype)
-        scale = scale.to(wanted)
-        zero_point = None if zero_point is None else zero_point.to(wanted)
-    elif zero_point is not None and zero_point.dtype != scale.dtype:
-        zero_point = zero_point.to(scale.dtype)
-    if _checks.values_wanted():
+    compute = compute_dtype(x.dtype)
+    if scale.dtype is not compute:
+        scale = scale.to(compute)
+    if zero_point is not None and zero_point.dtype is not compute:
+        zero_point = zero_point.to(compute)
+    if _checks.VALUES_WANTED:
         _checks.scale_values("fake_quantize", scale)
     return rule.fake_quantize(x, scale, zero_point, plan)
 

@@ -42,9 +42,10 @@ inline Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes,
   return empty_strided(like, sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
-// The shape and strides of `like` in another storage type.
-inline Tensor empty_like(const Tensor& like, ScalarType dtype) {
+// The shape and strides of a dense `like` in another storage type; contiguous on wish, whatever axes of one element say.
+inline Tensor empty_like(const Tensor& like, ScalarType dtype, bool contiguous = false) {
   const auto sizes = like.sizes(), strides = like.strides();
+  if (contiguous) return empty_dense(like, {sizes.begin(), sizes.end()}, dtype);
   return empty_strided(like, sizes.data(), strides.data(), like.dim(), dtype);
 }
 
@@ -66,7 +67,7 @@ inline bool is_dense(const Tensor& x) {
 
 // x itself where kernels can walk its storage, else one copy: in the layout of empty_like, contiguous for groups.
 inline Tensor dense(const Tensor& x, bool contiguous) {
-  if (x.is_contiguous()) return x;
+  if (x.is_contiguous()) return x.numel() == 0 ? torch::stable::clone(x) : x;
   if (contiguous) return torch::stable::contiguous(x);
   return is_dense(x) ? x : torch::stable::clone(x);
 }

@@ -103,7 +103,7 @@ Tensor fake_quantize(const Tensor& x_, const Tensor& scale, const std::optional<
   const ScaleTensors scales(op, scale, zero_point, x, call);
   const ScalarType result = dtype.value_or(x.scalar_type());
   const Pair pair = pair_of(op, x.scalar_type(), result);
-  Tensor y = empty_like(x, result);
+  Tensor y = empty_like(x, result, group > 0);
   call.out = y.mutable_data_ptr();
   map(family().forward[pair], call);
   return y;
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_bwd(const Tensor& gy_, const Te
   const ScaleTensors scales(op, scale, zero_point, x, call);
   call.factor = factor;
   const Pair pair = pair_of(op, x.scalar_type(), gy.scalar_type());
-  Tensor gx = empty_like(x, x.scalar_type());
+  Tensor gx = empty_like(x, x.scalar_type(), group > 0);
   call.in = gy.const_data_ptr();
   call.out = gx.mutable_data_ptr();
   const std::vector<int64_t> none{0}, all(scale.sizes().begin(), scale.sizes().end());
@@ -188,7 +188,7 @@ Tensor fake_quantize_jvp(const std::optional<Tensor>& tx_, const std::optional<T
   call.in = data(tx);
   call.ts = data(ts);
   call.tz = data(tz);
-  Tensor ty = empty_like(x, result);
+  Tensor ty = empty_like(x, result, group > 0);
   call.out = ty.mutable_data_ptr();
   map(of_result ? family().tangent_of_result[pair] : family().tangent[pair], call);
   return ty;
@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor> fake_quantize_absmax(const Tensor& x_, int64_t qmin, 
   const Pair pair = pair_of(op, x.scalar_type(), result);
   const Storage storage = storage_of(op, "x", x.scalar_type());
   const ScalarType compute = compute_type(x.scalar_type());
-  Tensor y = empty_like(x, result);
+  Tensor y = empty_like(x, result, group > 0);
   Tensor scale = empty_dense(x, scale_sizes(x, axis, group), compute);
   const Geometry& g = call.geometry;
   std::vector<double> absmax(g.channels, 0.0);

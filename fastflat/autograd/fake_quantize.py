@@ -169,7 +169,7 @@ class Tangent(Function):
 
     @staticmethod
     def jvp(ctx, ttx, tts, ttz, _x, scale_tangent, zero_tangent, _plan):
-        tx, ts, tz, x, scale, zero_point = ctx.saved_tensors
+        _, ts, tz, x, scale, zero_point = ctx.saved_tensors
         if zero_point is not None:
             # The cross term -(1 - m) f^2 (tz ds + ts dz) is a zero-point tangent of f (tz ds + ts dz) / s.
             pairs = [(tz, scale_tangent), (ts, zero_tangent)]
@@ -335,7 +335,9 @@ def _present(plan, zero_point, gx, gs, gz):
 
 def _trained(plan, zero_point, of_scale, of_zero):
     """None in place of the empty gradients of constants."""
-    return (of_scale if plan.trains_scale else None), (of_zero if plan.trains_scale and zero_point is not None else None)
+    if not plan.trains_scale:
+        return None, None
+    return of_scale, of_zero if zero_point is not None else None
 
 
 def _held(scale, plan):

@@ -44,7 +44,8 @@ def unavailable(name: str, device: str) -> str | None:
 
 def backends() -> dict[str, str]:
     """Every backend with ``"available"`` or the reason why it is not, for its own kind of tensor."""
-    device = {"reference": "cpu", "cpu": "cpu", "cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+    graphics = "cuda" if torch.cuda.is_available() else "cpu"
+    device = {"reference": "cpu", "cpu": "cpu", "cuda": "cuda", "triton": graphics}
     return {name: unavailable(name, device[name]) or "available" for name in BACKENDS}
 
 
@@ -76,7 +77,7 @@ def kernels(device: str) -> SimpleNamespace:
     return _kernels(device, _forced)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _choose(device: str, forced: str | None) -> tuple[str, str]:
     if forced is not None:
         reason = unavailable(forced, device)
@@ -98,7 +99,7 @@ def _choose(device: str, forced: str | None) -> tuple[str, str]:
     return "reference", "; ".join(missing)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _kernels(device: str, forced: str | None) -> SimpleNamespace:
     name, _ = _choose(device, forced)
     modules = {"reference": reference, "triton": triton}

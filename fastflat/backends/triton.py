@@ -30,7 +30,7 @@ def unavailable(device: str) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _launcher(name: str) -> Callable:
     return getattr(importlib.import_module(f"fastflat.triton_kernels.{_ops.OPS[name].family}"), name)
 
