@@ -31,6 +31,11 @@ SOURCES = {
         HERE / "probes.cu",
         *sorted((CSRC / "cuda").glob("*.cu")),
     ],
+    "fastflat_glue": [
+        HERE / "glue.cpp",
+        HERE / "glue_ops.cpp",
+        *sorted((CSRC / "cuda").glob("*.cu")),
+    ],
     "fastflat_functors": [ROOT / "tests" / "cpp" / "module.cpp"],
 }
 
@@ -75,11 +80,27 @@ def sanitizer_libraries() -> str:
     return " ".join(str(Path(p).resolve()) for p in paths)
 
 
-def _rules(name: str, target: Path, optimisation: list[str]) -> str:
+def _python_options() -> tuple[list[str], list[str]]:
+    """Compile and link options of a pybind11 module."""
     import pybind11
 
-    includes = [CSRC, HERE, pybind11.get_include(), sysconfig.get_path("include")]
-    flags = " ".join([*FLAGS, *optimisation, *(f"-isystem{p}" if i > 1 else f"-I{p}" for i, p in enumerate(includes))])
+    return [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"], []
+
+
+def _torch_options() -> tuple[list[str], list[str]]:
+    """Compile and link options of an operator library; its own symbols come before those of libtorch."""
+    import torch
+
+    from build_tools import flags
+
+    root = Path(torch.__file__).parent
+    options = [o.format(torch=root, floor=flags.TARGET_VERSION) for o in (*flags.TORCH, *flags.CUDA_HOST)]
+    return options, [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-Wl,-Bsymbolic"]
+
+
+def _rules(name: str, target: Path, optimisation: list[str]) -> str:
+    compiling, linking = _torch_options() if name == "fastflat_glue" else _python_options()
+    flags = " ".join([*FLAGS, *optimisation, f"-I{CSRC}", f"-I{HERE}", *compiling])
     lines = [
         f"cxx = {compiler()}",
         f"flags = {flags}",
@@ -88,7 +109,7 @@ def _rules(name: str, target: Path, optimisation: list[str]) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        "  command = $cxx -shared $flags $in -o $out",
+        f"  command = $cxx -shared $flags $in -o $out {' '.join(linking)}",
     ]
     objects = []
     for source in SOURCES[name]:

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs csrc/cuda/*.cpp over the emulated kernels on CPU tensors and compares with the reference; test_glue starts it.
+
+Arguments: the library. Prints the number of calls compared.
+"""
+
+import ctypes
+import sys
+
+import torch
+
+from fastflat import _ops
+from fastflat._spec import TINY
+from fastflat.backends import reference
+
+LIBRARY = sys.argv[1]
+torch.ops.load_library(LIBRARY)
+SYMBOLS = ctypes.CDLL(LIBRARY)
+compared = 0
+
+
+def randn(*shape, dtype=torch.float32):
+    return (torch.randn(shape, dtype=torch.float64) * 3).to(dtype)
+
+
+def layouts(dtype):
+    """Tensors that the kernels cannot take as they are, beside some that they can; with an axis each."""
+    yield randn(6, 33, dtype=dtype), 0
+    yield randn(6, 33, dtype=dtype), 1
+    yield randn(33, 6, dtype=dtype).t(), 0  # dense, axes swapped
+    yield randn(2, 5, 4, 3, dtype=dtype).contiguous(memory_format=torch.channels_last), 1
+    yield randn(2, 5, 4, 3, dtype=dtype).permute(3, 0, 2, 1), 2
+    yield randn(6, 66, dtype=dtype)[:, ::2], 0  # gaps
+    yield randn(6 * 33 + 1, dtype=dtype)[1:].view(6, 33), 0  # off the 16-byte grid
+    yield randn(6 * 33 + 1, dtype=dtype)[1:].view(33, 6).t(), 1
+    yield randn(1, 33, dtype=dtype).expand(6, 33), 0
+    yield randn(6, 1, 33, dtype=dtype), 1
+    yield randn(0, 5, dtype=dtype), 1
+    yield randn(5, 0, dtype=dtype), 0
+    yield randn(4, 3, dtype=dtype)[1], 0
+
+
+def same(got, want):
+    assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride()), (
+        got.stride(),
+        want.stride(),
+    )
+    assert torch.equal(got, want)
+
+
+def close(got, want):
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def call(name, *args):
+    global compared
+    result = _ops.overload(name)(*args)
+    assert SYMBOLS.fastflat_test_guards() == 0
+    assert args[0] is None or args[0].numel() == 0 or SYMBOLS.fastflat_test_on_current_stream()
+    compared += 1
+    return result
+
+
+def compare(x, axis, group, result):
+    shape = _ops.scale_shape(x.shape, axis, group)
+    compute = _ops.compute_dtype(x.dtype)
+    scale, zero_point = torch.rand(shape, dtype=compute) + 0.2, randn(*shape, dtype=compute)
+    if scale.dim() == 2:
+        scale = scale.t().contiguous().t()  # parameters need not be contiguous
+    rest = (-8, 7, axis, group, TINY, 0)
+    same(call("identity", x), reference.identity(torch.empty_like(x).copy_(x)))
+    for zero in (None, zero_point):
+        args = (x, scale, zero, *rest)
+        same(call("fake_quantize", *args, result), reference.fake_quantize(*args, result))
+        gy = randn(*reversed(x.shape), dtype=result).permute(*reversed(range(x.dim())))  # another layout
+        for need_scale in (False, True):
+            got = call("fake_quantize_bwd", gy, *args, 0.5, need_scale)
+            want = reference.fake_quantize_bwd(gy, *args, 0.5, need_scale)
+            same(got[0], want[0])
+            close(got[1], want[1])
+            close(got[2], want[2])
+        ts = torch.rand_like(scale)
+        for tangents in ((gy, ts, None), (gy.to(x.dtype), None, ts), (None, ts, ts)):
+            got = call("fake_quantize_jvp", *tangents, *args, 0.5, result)
+            same(got, reference.fake_quantize_jvp(*tangents, *args, 0.5, result))
+    got, want = call("fake_quantize_absmax", x, *rest, result), reference.fake_quantize_absmax(x, *rest, result)
+    same(got[0], want[0])
+    same(got[1], want[1])
+
+
+def refused(text, name, *args):
+    try:
+        _ops.overload(name)(*args)
+    except RuntimeError as error:
+        assert text in str(error), error
+        assert SYMBOLS.fastflat_test_guards() == 0
+    else:
+        raise AssertionError(f"{name} accepted what it must refuse: {text}")
+
+
+torch.manual_seed(0)
+PAIRS = [(d, d) for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
+for dtype, result in [*PAIRS, (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]:
+    for x, axis in layouts(dtype):
+        compare(x, axis, 0, result)
+        compare(x, -1, 0, result)
+        if x.shape[-1] % 3 == 0 and x.numel():
+            compare(x, -1, 3, result)
+
+x, one = randn(4, 6), torch.ones(())
+grid = (-8, 7, -1, 0, TINY, 0)
+refused("scale must have 4 values", "fake_quantize", x, torch.ones(3), None, -8, 7, 0, 0, TINY, 0)
+refused("scale must be float32", "fake_quantize", x, one.double(), None, *grid)
+refused("x must be float32, bfloat16", "fake_quantize", x.int(), one, None, *grid)
+refused("group must divide", "fake_quantize", x, one, None, -8, 7, -1, 4, TINY, 0)
+refused("gy must have the shape of x", "fake_quantize_bwd", x[1:], x, one, None, *grid, 1.0, True)
+refused("tx must have the dtype", "fake_quantize_jvp", x.half(), None, None, x, one, None, *grid, 1.0)
+print(compared)
