@@ -178,7 +178,7 @@ class Trainer:
             "epoch": self.done,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": {"last_epoch": self.scheduler.last_epoch, "_step_count": self.scheduler._step_count},
+            "scheduler": self.scheduler.state_dict(),
             "random": self._random,
             "history": self.history,
         }

@@ -11,6 +11,7 @@ from typing import Any
 import click
 import torch
 
+import fastflat
 from fastflat import data
 from fastflat.cli import _runs
 from fastflat.cli._config import QUANTIZERS, Config
@@ -85,6 +86,7 @@ def train(ctx: click.Context, **options: Any) -> None:
         if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     }
     _checked(options, given)
+    fastflat.tune_host_memory()
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
     if options["demo"]:
