@@ -148,8 +148,11 @@ def test_all_ties_and_their_neighbours_are_written_as_torch_writes_them(dtype):
     codes = codes[codes.isfinite()].sort().values
     between = ((codes[1:].double() + codes[:-1].double()) / 2).float()
     outside = torch.tensor([INF, -INF, NAN, 65519.9, 65520.0, 3.3961775e38, 3.4e38, 1e-45, 2.0**-25, 2.0**-24 * 1.5])
+    # NaNs whose payload would be rounded away or carry into the sign
+    nans = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
     x = torch.cat([codes, between, outside])
     x = torch.cat([x, *(torch.nextafter(x, torch.tensor(to)) for to in (INF, -INF))])
+    x = torch.cat([x, nans])
     x = torch.nn.functional.pad(x, (0, -x.numel() % 2**12))
     y = torch.empty(x.shape, dtype=dtype)
     _narrow_kernel[(x.numel() // 2**12,)](_launch.raw(y), x, 2**12)
