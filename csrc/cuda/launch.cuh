@@ -41,7 +41,10 @@ __device__ __forceinline__ void store_16(void* to, uint4 v) {
 namespace fastflat::cuda {
 
 inline constexpr int kWarp = 32;
-inline constexpr int kBlock = 256;               // threads of a block, unless a kernel says otherwise
+inline constexpr int kBlock = 256;  // threads of a block, unless a kernel says otherwise
+// Blocks of kBlock threads a multiprocessor must hold: leaves 80 registers a thread. Left to itself ptxas stops at 64
+// and spills on some architectures.
+inline constexpr int kBlocksAtOnce = 3;
 inline constexpr int kAccess = 16;               // bytes, the widest access there is on every supported GPU
 inline constexpr int64_t kMaxGrid = 0x7fffffff;  // limit of gridDim.x
 inline constexpr int64_t kSmall = int64_t(1) << 30;

@@ -16,7 +16,7 @@ template <class In, int N>
 inline constexpr int packs_per_thread = sizeof(packs_of<N, In>) > 32 ? 1 : 2;
 
 template <int N, class F, class In, class Out>
-__global__ void __launch_bounds__(kBlock) map_kernel(int64_t n, Geometry g, F f, In in, Out out) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) map_kernel(int64_t n, Geometry g, F f, In in, Out out) {
   constexpr int packs = packs_per_thread<In, N>;
   const int64_t base = static_cast<int64_t>(blockIdx.x) * (kBlock * packs * N);
   const Range all{0, n};

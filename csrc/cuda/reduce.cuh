@@ -54,7 +54,7 @@ __device__ __forceinline__ Sums<double, K> widen(const Sums<T, K>& sums) {
 // Long runs of one scale: a team of threads walks [begin, end) pack by pack; the packs that overlap its ends are read
 // element by element, so that odd sizes stay wide in the middle.
 template <int N, class F, class In, class Out>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     reduce_runs_kernel(int64_t, Geometry g, ReducePlan p, F f, In in, Out out, typename F::Compute* partials) {
   const int teams = kBlock / p.team;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * teams + static_cast<int>(threadIdx.x) / p.team;
