@@ -20,12 +20,17 @@ from ._launch import OPTIONS, Plan, Scales
 @triton.jit
 def _gradients(gx_ptr, gy_ptr, x_ptr, offsets, mask, s, z, grid,
                RULES: tl.constexpr, HAS_ZERO: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Write gx of a tile; give its shares of the two sums. Where the mask is off gy is read as 0 and adds nothing."""
+    """Write gx of a tile; give its shares of the two sums, 0 where the mask is off."""
     x = load(x_ptr, offsets, mask, s.dtype, MASKED)
     gy = load(gy_ptr, offsets, mask, s.dtype, MASKED)
     u, d, m = code(x, s, z, grid, RULES, HAS_ZERO)
     store(gx_ptr, offsets, tl.where(m, gy, 0.0), mask, MASKED)
-    return scale_share(gy, u, d, m), tl.where(m, 0.0, gy)
+    share = scale_share(gy, u, d, m)
+    outside = tl.where(m, 0.0, gy)
+    if MASKED:
+        share = tl.where(mask, share, 0.0)
+        outside = tl.where(mask, outside, 0.0)
+    return share, outside
 
 
 @triton.jit
