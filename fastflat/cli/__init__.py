@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. Bad input ends with exit status 2 and one line; ``--traceback`` shows where it was noticed."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     traceback = os.environ.get("FASTFLAT_TRACEBACK") == "1" or "--traceback" in arguments
-    arguments = [a for a in arguments if a != "--traceback"]
+    arguments = [a for a in arguments if a != "--traceback"] or ["--help"]
     try:
         import click
     except ImportError:
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> None:
-    line = " ".join(message.split()).removeprefix("fastflat: ")
+    line = " ".join(message.split()).removeprefix("fastflat: ").removeprefix("fastflat::")
     print(f"fastflat: {line}", file=sys.stderr)
     sys.exit(2)
 

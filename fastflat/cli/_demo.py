@@ -23,14 +23,17 @@ _TRAIN, _TEST = 10_000, 2_000
 _QUANTIZERS = ("none", "fastflat", "python")
 #: Accuracy of simple classifiers on Fashion-MNIST with that many images; a network below them is broken.
 _FLOORS = {"fashion-mnist": "on as many images a linear classifier reaches 83.7 %, 5 nearest neighbours 82.3 %"}
+#: Steps of one turn.
+_TURN = 8
+_OVER = object()
 _FIXED = {"quantizer", "resume", "init"}
 
 
 def demo(given: dict[str, Any], options: dict[str, Any]) -> None:
     """Train the three side by side and print the table.
 
-    They take turns, one epoch each, in an order that rotates: what else the machine does in the meantime hits all
-    alike. The time of an epoch is that of its training steps; the table shows the median over epochs.
+    They take turns every few steps: what else the machine does in the meantime hits all alike. The time of an epoch is
+    that of its training steps; the table shows the median over epochs.
     """
     if _FIXED & given.keys():
         raise ValueError(f"train: --demo must come without --{min(_FIXED & given.keys())}, which it sets itself")
@@ -51,15 +54,15 @@ def demo(given: dict[str, Any], options: dict[str, Any]) -> None:
         _runs.write(_runs.create(folder) / _runs.CONFIG, trainer.config.to_json())
     click.echo(f"{train.describe(dataset)}; {config.model}, {config.epochs} epochs, seed {config.seed}")
 
+    names = labels(config)
     for number in range(config.epochs):
-        for turn in range(len(trainers)):
-            at = (turn + number) % len(trainers)
-            row = train.epoch_with_bar(trainers[at], labels(config)[at])
-            _runs.save(folders[at], trainers[at].state())
-            click.echo(f"{labels(config)[at]:<24}{train.line(row, config)}")
+        _together(trainers, f"epoch {number + 1}/{config.epochs}")
+        for name, folder, trainer in zip(names, folders, trainers, strict=True):
+            _runs.save(folder, trainer.state())
+            click.echo(f"{name:<24}{train.line(trainer.history[-1], config)}")
 
     shown = [_report.Run.of(trainer) for trainer in trainers]
-    shown = [dataclasses.replace(run, label=label) for run, label in zip(shown, labels(config), strict=True)]
+    shown = [dataclasses.replace(run, label=label) for run, label in zip(shown, names, strict=True)]
     lines = table(shown, folders)
     note = _note(dataset, config)
     page = _report.html(f"{dataset.name}: 4 bits against fp32", train.describe(dataset), note, shown, dataset.classes)
@@ -74,6 +77,14 @@ def demo(given: dict[str, Any], options: dict[str, Any]) -> None:
     click.echo("")
     click.echo(note)
     click.echo(f"report: {out / _runs.REPORT}   total {time.perf_counter() - began:.0f} s")
+
+
+def _together(trainers: list[Trainer], text: str) -> None:
+    """One epoch of every trainer, in turns of a few steps, under one progress bar."""
+    with train.progress(sum(len(t.train_batches) for t in trainers), text) as bar:
+        waiting = [trainer.parts(_TURN, bar.update) for trainer in trainers]
+        while waiting:
+            waiting = [part for part in waiting if next(part, _OVER) is not _OVER]
 
 
 def labels(config: Config) -> list[str]:
@@ -96,8 +107,8 @@ def table(runs: list[_report.Run], folders: list[Path]) -> list[str]:
 
 def _note(dataset: Dataset, config: Config) -> str:
     parts = [
-        f"s/epoch: median over {config.epochs} epochs of the training steps alone, the three runs taking turns;"
-        f" {torch.get_num_threads()} CPU threads, device {config.device}"
+        f"s/epoch: median over {config.epochs} epochs of the training steps alone, the three runs taking turns every"
+        f" {_TURN} steps; CPU threads: {torch.get_num_threads()}, device {config.device}"
     ]
     if dataset.name in _FLOORS and (len(dataset.train_x), len(dataset.test_x)) == (_TRAIN, _TEST):
         parts.append(_FLOORS[dataset.name])

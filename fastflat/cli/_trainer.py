@@ -34,7 +34,7 @@ class Diverged(ArithmeticError):
 
 
 class Trainer:
-    """SGD with momentum and a cosine learning rate. ``epoch()`` trains for one epoch and measures the test split.
+    """SGD with momentum and a cosine learning rate.
 
     Each trainer has its own random state, so that several can take turns in one process and each computes what it
     would alone.
@@ -96,54 +96,64 @@ class Trainer:
             return (step + 1) / rise
         return 0.5 * (1 + math.cos(math.pi * min(step - rise, total - rise) / max(total - rise, 1)))
 
-    def epoch(self, tick: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Train for one epoch, measure the test split, and return the new row of ``history``.
+    def epoch(self, tick: Callable[[], object] = lambda: None) -> dict[str, float]:
+        """Train for one epoch, measure the test split, and return the new row of ``history``; see :meth:`parts`."""
+        for _ in self.parts(len(self.train_batches), tick):
+            pass
+        return self.history[-1]
 
-        ``tick`` is called after every step. ``seconds`` of the row is the time of the training alone.
+    def parts(self, steps: int, tick: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """One epoch in parts of `steps` steps, after each of which the caller has the turn; then the test split is
+        measured and a row added to ``history``. Its ``seconds`` are those of the training steps alone.
+
+        ``tick`` is called after every step.
 
         Raises:
             Diverged: the loss is not finite; model and optimizer are then of no use.
         """
-        with self._own_random_state():
-            rate = self.optimizer.param_groups[0]["lr"]
-            start = time.perf_counter()
-            loss, accuracy = self._train(tick)
-            seconds = time.perf_counter() - start
-            if not math.isfinite(loss):
-                raise Diverged(f"train: the loss is {loss} in epoch {self.done + 1}; try a smaller --lr")
-            test_loss, test_accuracy = self.evaluate()
+        rate = self.optimizer.param_groups[0]["lr"]
+        batches, seconds, left = iter(self.train_batches), 0.0, len(self.train_batches)
+        # Sums stay on the device: reading them waits for it.
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        while left > 0:
+            with self._own_random_state():
+                start = time.perf_counter()
+                for x, y in itertools.islice(batches, steps):
+                    sums += self._step(x, y)
+                    tick()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                seconds += time.perf_counter() - start
+            left -= steps
+            yield
+        loss, right, count = sums.tolist()
+        if not math.isfinite(loss):
+            raise Diverged(f"train: the loss is {loss} in epoch {self.done + 1}; try a smaller --lr")
+        test_loss, test_accuracy = self.evaluate()
         self.done += 1
         row = {
             "epoch": self.done,
             "lr": rate,
-            "train_loss": loss,
-            "train_accuracy": accuracy,
+            "train_loss": loss / count,
+            "train_accuracy": right / count,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
             "seconds": seconds,
         }
         self.history.append(row)
-        return row
 
-    def _train(self, tick: Callable[[], None]) -> tuple[float, float]:
+    def _step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """One step of the optimizer; (sum of losses, right answers, images)."""
         self.model.train()
-        # Sums stay on the device: one synchronisation at the end.
-        loss_sum = torch.zeros((), device=self.device)
-        right = torch.zeros((), dtype=torch.long, device=self.device)
-        count = 0
-        for x, y in self.train_batches:
-            with self._autocast():
-                scores = self.model(x)
-                loss = F.cross_entropy(scores.float(), y)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            self.scheduler.step()
-            loss_sum += loss.detach() * len(y)
-            right += (scores.detach().argmax(1) == y).sum()
-            count += len(y)
-            tick()
-        return float(loss_sum) / count, float(right) / count
+        with self._autocast():
+            scores = self.model(x)
+            loss = F.cross_entropy(scores.float(), y)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        right = (scores.detach().argmax(1) == y).sum()
+        return torch.stack([loss.detach().double() * len(y), right.double(), right.new_tensor(len(y)).double()])
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -199,7 +209,8 @@ class Trainer:
             self.scheduler.load_state_dict(state["scheduler"])
             self._random = [t.clone() for t in state["random"]]
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"train: {path} must fit the model, got: {str(error).strip().splitlines()[-1]}") from None
+            reason = str(error).strip().splitlines()[-1].strip()[:100]
+            raise ValueError(f"train: {path} must fit the model, got: {reason}") from None
         self.history = list(state["history"])
         self.done = state["epoch"]
 
@@ -231,5 +242,5 @@ def _start_from(model: nn.Module, run: Path) -> None:
     try:
         model.load_state_dict(own)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = str(error).strip().splitlines()[-1].strip()[:100]
         raise ValueError(f"train: init must be a run of the same model and data shape, got: {reason}") from None

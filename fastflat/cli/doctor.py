@@ -166,9 +166,8 @@ def text(found: dict[str, Any]) -> list[str]:
     ]
     for gpu in found["gpus"]:
         covered = "covered" if gpu["cuda_library_has_code"] else "not covered"
-        lines.append(
-            f"GPU        {gpu['name']}, {gpu['memory_gib']} GiB, capability {gpu['capability']}: {covered} by our library"
-        )
+        about = f"{gpu['name']}, {gpu['memory_gib']} GiB, capability {gpu['capability']}"
+        lines.append(f"GPU        {about}: {covered} by our library")
     if not found["gpus"]:
         lines.append(f"GPU        none; this torch was built {_cuda(machine['torch_cuda'])}")
     build = found["build"]

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,19 +182,20 @@ def describe(dataset: Dataset) -> str:
 def _epochs(run: Path, trainer: Trainer, most: int | None) -> None:
     last = trainer.config.epochs if most is None else min(trainer.config.epochs, trainer.done + most)
     while trainer.done < last:
-        row = epoch_with_bar(trainer, trainer.config.label)
+        with progress(len(trainer.train_batches), f"epoch {trainer.done + 1}/{trainer.config.epochs}") as bar:
+            row = trainer.epoch(bar.update)
         _runs.save(run, trainer.state())
         click.echo(line(row, trainer.config))
 
 
-def epoch_with_bar(trainer: Trainer, label: str) -> dict[str, float]:
-    """One epoch under a progress bar, which shows on terminals only."""
+@contextlib.contextmanager
+def progress(steps: int, text: str) -> Iterator[Any]:
+    """A progress bar, which shows on terminals only. A loss that is not finite ends the command with one line."""
     from tqdm import tqdm
 
-    text = f"{label} epoch {trainer.done + 1}/{trainer.config.epochs}"
-    with tqdm(total=len(trainer.train_batches), desc=text, unit="step", leave=False, disable=None) as bar:
+    with tqdm(total=steps, desc=text, unit="step", leave=False, disable=None) as bar:
         try:
-            return trainer.epoch(bar.update)
+            yield bar
         except Diverged as error:
             raise click.ClickException(str(error)) from error
 
