@@ -33,14 +33,22 @@ QUICK = Effort(seconds=0.25, rounds=(5, 20), block=1e-3)
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median and quartiles over the rounds, and the fastest round."""
+    """Seconds of one call: median and quartiles over the rounds, the fastest round, and every round in turn."""
 
     median: float
     q1: float
     q3: float
     best: float
-    rounds: int
     calls: int
+    samples: tuple[float, ...]
+
+    @property
+    def rounds(self) -> int:
+        return len(self.samples)
+
+    def over(self, other: Timing) -> float:
+        """How many times longer than `other`: the median of the rounds' ratios, which a slow drift leaves alone."""
+        return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=True))
 
 
 @contextlib.contextmanager
@@ -116,7 +124,7 @@ def _repeats(call: Callable[[], object], block: float, synchronize: Callable[[],
 
 def _timing(samples: list[float], calls: int) -> Timing:
     q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
-    return Timing(median, q1, q3, min(samples), len(samples), calls)
+    return Timing(median, q1, q3, min(samples), calls, tuple(samples))
 
 
 def copy_of(x: torch.Tensor) -> Callable[[], object]:

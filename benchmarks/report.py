@@ -88,15 +88,18 @@ def quantize_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             spread = 100 * (ours["q3"] - ours["q1"]) / time
             line += [seconds(time), f"+-{spread / 2:.0f} %", f"{ours['copies']:.2f}"]
             line.append(f"{100 * ours['of_copy_bandwidth']:.0f} %")
-        line.append(_ratio(by_peer, _OURS, _FLOOR))
-        line += [_ratio(by_peer, peer, _OURS) for peer in others]
+        line += [_ratio(by_peer, _OURS, _FLOOR), *(_ratio(by_peer, peer, _OURS) for peer in others)]
         lines.append(line)
     return head, lines
 
 
 def _ratio(by_peer: dict[str, dict[str, Any]], of: str, to: str) -> str:
-    a, b = (by_peer.get(name, {}).get("seconds") for name in (of, to))
-    return "-" if a is None or b is None else f"{a / b:.2f}"
+    """How many times longer one peer takes than another: by their ratios to the floor, else by their medians."""
+    for field in ("over_floor", "seconds"):
+        a, b = (by_peer.get(name, {}).get(field) for name in (of, to))
+        if a is not None and b is not None:
+            return f"{a / b:.2f}"
+    return "-"
 
 
 def step_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -22,7 +22,8 @@ def rows(case: Case, peers: Sequence[str], threads: int, effort: Effort, device:
 
     A row holds the median ``seconds`` of a call with quartiles ``q1``, ``q3`` and ``best`` over ``rounds`` of
     ``calls`` each; ``bytes`` it must move and the ``bandwidth`` that follows (bytes a second); ``copy_seconds``;
-    ``copies``, its time in copies of the data; ``of_copy_bandwidth``. A peer without a form of the case has its reason
+    ``copies``, its time in copies of the data; ``of_copy_bandwidth``; ``over_floor``, how many times longer than the
+    floor, as the median over the rounds. A peer without a form of the case has its reason
     in ``unsupported`` and no timing.
     """
     named = {
@@ -46,12 +47,13 @@ def rows(case: Case, peers: Sequence[str], threads: int, effort: Effort, device:
     copy = timings[_COPY].median
     return [
         {**named, "peer": peer, "copy_seconds": copy}
-        | ({"unsupported": missing[peer]} if peer in missing else _numbers(case, peer, timings[peer], copy))
+        | ({"unsupported": missing[peer]} if peer in missing else _numbers(case, peer, timings, copy))
         for peer in peers
     ]
 
 
-def _numbers(case: Case, peer: str, timing: measure.Timing, copy: float) -> dict[str, Any]:
+def _numbers(case: Case, peer: str, timings: dict[str, measure.Timing], copy: float) -> dict[str, Any]:
+    timing, floor = timings[peer], timings.get(FLOORS[0])
     moved = case.bytes
     if peer in FLOORS:
         moved = case.copied_bytes * (2 if case.passes == "both" else 1)
@@ -67,6 +69,7 @@ def _numbers(case: Case, peer: str, timing: measure.Timing, copy: float) -> dict
         "bandwidth": bandwidth,
         "copies": timing.median / copy,
         "of_copy_bandwidth": bandwidth / (case.copied_bytes / copy),
+        "over_floor": None if floor is None else timing.over(floor),
     }
 
 

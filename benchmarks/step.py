@@ -99,16 +99,15 @@ def _step(model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], None]:
 
 
 def rows(calls: dict[str, Callable[[], None]], threads: int, effort: Effort) -> list[dict[str, Any]]:
-    """One row per call: ``overhead`` over fp32, and ``of_identity``, that overhead in units of identity's."""
+    """One row per call: ``overhead``, the step's time over fp32's of the same round less 1, and ``of_identity``, that
+    overhead in units of identity's."""
     with measure.threads(threads):
         timings = measure.interleaved(calls, effort)
     base, identity = timings.get("fp32"), timings.get("identity")
     found = []
     for name, timing in timings.items():
-        over = None if base is None or name == "fp32" else timing.median / base.median - 1
-        share = None
-        if over is not None and identity is not None:
-            share = over / (identity.median / base.median - 1)
+        over = None if base is None or name == "fp32" else timing.over(base) - 1
+        share = None if over is None or identity is None else over / (identity.over(base) - 1)
         found.append(
             {
                 "peer": name,

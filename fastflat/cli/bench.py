@@ -56,6 +56,9 @@ def bench() -> None:
       fastflat bench step --threads 1,all
       fastflat bench compare old.json new.json
     """
+    for name in ("rich", "tqdm"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"bench: {name} is not installed; pip install 'fastflat[bench]'")
 
 
 _THREADS = click.option("--threads", default="1,all", show_default=True, help="Numbers of threads: 1,4,all.")
@@ -229,9 +232,8 @@ def _device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"bench: --device must be cpu or cuda, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"bench: --device must be one PyTorch sees, got {name!r} with {torch.cuda.device_count()} GPUs"
-        )
+        count = torch.cuda.device_count()
+        raise ValueError(f"bench: --device must be one that PyTorch sees, got {name!r} with {count} GPUs")
     return device
 
 

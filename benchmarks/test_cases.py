@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases under pytest-benchmark: ``pytest benchmarks --benchmark-compare`` and its other options."""
+
+import pytest
+import torch
+
+from .cases import fake_quantize, identity
+from .peers import PEERS, Unsupported, prepare
+
+SIZES = (2**12, 2**16)
+CASES = [*fake_quantize.cases(SIZES, [torch.float32]), *identity.cases(SIZES, [torch.float32])]
+
+
+@pytest.mark.parametrize(
+    ("case", "peer"),
+    [(case, peer) for case in CASES for peer in PEERS[case.family] if peer != "compile"],
+    ids=lambda value: getattr(value, "label", value),
+)
+def test_case(benchmark, case, peer):
+    benchmark.group = case.label
+    try:
+        call = prepare(peer, case.data(torch.device("cpu")))
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+    benchmark.extra_info["bytes"] = case.bytes
+    benchmark(call)

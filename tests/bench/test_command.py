@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastflat bench`` as a user meets it: options, table, JSON, refusals."""
+
+import json
+
+import pytest
+import torch
+
+from fastflat import cli
+from fastflat.cli import bench
+
+CASE = {"family", "threads", "dtype", "granularity", "passes", "elements", "shape", "peer", "copy_seconds"}
+NUMBERS = {"seconds", "q1", "q3", "best", "rounds", "calls", "bytes", "bandwidth", "copies", "of_copy_bandwidth"}
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of a command line."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return end.value.code or 0, out, err
+
+
+@pytest.fixture
+def swift(benchmarks, monkeypatch):
+    """As little effort as makes a row."""
+    effort = benchmarks.measure.Effort(0.0, (2, 2), 0.0)
+    monkeypatch.setattr(benchmarks.measure, "QUICK", effort)
+
+
+@pytest.fixture
+def own_memory(monkeypatch):
+    """The allocator's thresholds of the test process stay as they are."""
+    monkeypatch.setattr(bench, "_memory", lambda allocator: f"{allocator} (not touched)")
+
+
+def test_quantize_writes_every_row(capsys, tmp_path, swift, own_memory):
+    target = tmp_path / "result.json"
+    peers = "mul,fastflat,eager,builtin,builtin-fixed"
+    code, out, _ = run(
+        capsys, "quantize", "--quick", "--sizes", "2^7", "--dtypes", "fp32,bf16", "--threads", "1",
+        "--granularity", "tensor,channel,group32,group128", "--passes", "both,forward", "--peers", peers,
+        "--json", target,
+    )  # fmt: skip
+    assert code == 0
+    result = json.loads(target.read_text())
+    assert len(result["rows"]) == 2 * 4 * 2 * 5
+    for row in result["rows"]:
+        assert row.keys() >= CASE
+        assert "unsupported" in row or row.keys() >= NUMBERS
+        if "unsupported" not in row:
+            assert row["q1"] <= row["seconds"] <= row["q3"]
+            assert row["bandwidth"] == pytest.approx(row["bytes"] / row["seconds"])
+            assert row["copies"] == pytest.approx(row["seconds"] / row["copy_seconds"])
+    assert not [row for row in result["rows"] if row["peer"] == "fastflat" and "unsupported" in row]
+    assert result["machine"]["torch"] == torch.__version__
+    assert result["machine"]["isa"] in ("baseline", "avx2", "avx512")
+    assert result["allocator"] == "tuned (not touched)"
+    assert list(tmp_path.iterdir()) == [target]
+    table = [line for line in out.splitlines() if line.lstrip().startswith("2^")]
+    assert len(table) == 2 * 4 * 2
+    assert f"torch {torch.__version__}" in out
+    assert "of copy bw" in out
+
+
+def test_identity(capsys, swift, own_memory):
+    arguments = ("--family", "identity", "--quick", "--sizes", "2^7", "--threads", "1")
+    code, out, _ = run(capsys, "quantize", *arguments)
+    assert code == 0
+    assert "vs clone" in out
+
+
+def test_cases_run_once_for_each_number_of_threads(capsys, tmp_path, swift, own_memory, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    target = tmp_path / "result.json"
+    arguments = ("--quick", "--sizes", "2^7,2^8", "--threads", "1,all", "--granularity", "tensor", "--peers", "mul")
+    code, _, _ = run(capsys, "quantize", *arguments, "--json", target)
+    assert code == 0
+    assert [row["threads"] for row in json.loads(target.read_text())["rows"]] == [1, 1, 3, 3]
+    assert set_to == [1, 3, 1, 3, 3, 3, 3, 3]
+
+
+def test_step(capsys, tmp_path, swift, own_memory):
+    target = tmp_path / "step.json"
+    arguments = ("--quick", "--batch", 1, "--threads", "1", "--peers", "fp32,identity,fastflat", "--json", target)
+    code, out, _ = run(capsys, "step", *arguments)
+    assert code == 0
+    rows = {row["peer"]: row for row in json.loads(target.read_text())["rows"]}
+    assert list(rows) == ["fp32", "identity", "fastflat"]
+    assert rows["fp32"]["overhead"] is None
+    assert rows["identity"]["of_identity"] == pytest.approx(1)
+    assert "over fp32" in out
+
+
+def test_compare(capsys, tmp_path, benchmarks):
+    def results(copies):
+        fields = dict.fromkeys(benchmarks.report.CASE, "x") | {"elements": 2**12, "peer": "fastflat"}
+        facts = benchmarks.machine.describe(torch.device("cpu"))
+        return {"machine": facts, "rows": [{**fields, "copies": copies}]}
+
+    for name, copies in (("old", 4.0), ("new", 3.0)):
+        benchmarks.report.write(tmp_path / name, results(copies))
+    code, out, _ = run(capsys, "compare", tmp_path / "old", tmp_path / "new")
+    assert code == 0
+    assert ["2^12", "x", "x", "x", "fastflat", "4.00", "3.00", "0.75"] in [line.split() for line in out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "--sizes", "12"], "--sizes must be powers of two from 128 to 268435456, got 12"),
+        (["quantize", "--sizes", "2^3"], "--sizes must be powers of two from 128 to 268435456, got 8"),
+        (["quantize", "--sizes", "2^99"], "--sizes must ascend and end at 2^63 at most, got '2^99'"),
+        (["quantize", "--sizes", "2^20..2^12"], "--sizes must ascend and end at 2^63 at most, got '2^20..2^12'"),
+        (["quantize", "--sizes", "many"], "--sizes must be like 2^12,2^20 or 2^12..2^24/2, got 'many'"),
+        (["quantize", "--dtypes", "int8"], "--dtypes must be of fp32, bf16, fp16, fp64, got 'int8'"),
+        (["quantize", "--peers", "fastflat,me"], "--peers must be of mul, fastflat, eager,"),
+        (
+            ["quantize", "--granularity", "row"],
+            "--granularity must be of tensor, channel, group32, group128, got 'row'",
+        ),
+        (["quantize", "--passes", "backward"], "--passes must be of forward, both, got 'backward'"),
+        (["quantize", "--threads", "0"], "--threads must be numbers from 1 to 1024 or all, got '0'"),
+        (["quantize", "--threads", "two"], "--threads must be numbers from 1 to 1024 or all, got 'two'"),
+        (["quantize", "--device", "abacus"], "--device must be cpu or cuda, got 'abacus'"),
+        (["quantize", "--device", "cuda:99"], "--device must be one that PyTorch sees, got 'cuda:99' with"),
+        (["quantize", "--json", "no/such/folder/x.json"], "--json must name a file in an existing folder, got no/such"),
+        (["quantize", "--allocator", "mine"], "'mine' is not one of 'tuned', 'default'"),
+        (["step", "--batch", "0"], "0 is not in the range 1<=x<=4096"),
+        (["step", "--peers", "int8"], "--peers must be of fp32, view, identity, mul, fastflat, eager, builtin, got"),
+        (["compare", "here", "there"], "'here' does not exist"),
+        (["sideways"], "No such command 'sideways'"),
+    ],
+)
+def test_bad_input_ends_with_one_line(capsys, own_memory, arguments, said):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("fastflat: ")
+    assert said in err
+
+
+def test_compare_refuses_other_files(capsys, tmp_path):
+    for text in ("", "[]", '{"format": 99, "rows": []}', "\x00\xff"):
+        file = tmp_path / "x.json"
+        file.write_text(text, encoding="latin-1")
+        code, _, err = run(capsys, "compare", file, file)
+        assert code == 2
+        assert f"{file} must be results of format 1, got something else" in err
+
+
+def test_wrong_kernels_are_not_timed(capsys, tmp_path, benchmarks, monkeypatch, own_memory):
+    monkeypatch.setattr(benchmarks.gate, "mistakes", lambda device, dtypes: ["dx of it", "y of it"])
+    monkeypatch.setattr(benchmarks.run, "all_rows", lambda *_: pytest.fail("timed"))
+    target = tmp_path / "x.json"
+    code, _, err = run(capsys, "quantize", "--quick", "--json", target)
+    assert code == 2
+    assert err == "fastflat: bench: refused, the kernels differ from the reference in dx of it and 1 more\n"
+    assert not target.exists()
+
+
+def test_red_tests_are_not_timed(capsys, benchmarks, monkeypatch, own_memory):
+    monkeypatch.setattr(benchmarks.gate, "tests_are_red", lambda file: f"1 failed in {file.name}")
+    monkeypatch.setattr(benchmarks.run, "all_rows", lambda *_: pytest.fail("timed"))
+    code, _, err = run(capsys, "quantize", "--gate")
+    assert code == 2
+    assert "refused, the op's tests are red: 1 failed in test_fake_quantize.py" in err
+
+
+def test_a_run_that_breaks_off_leaves_the_old_file(tmp_path, benchmarks):
+    target = tmp_path / "x.json"
+    benchmarks.report.write(target, {"rows": []})
+    with pytest.raises(TypeError):
+        benchmarks.report.write(target, {"rows": [torch]})
+    assert json.loads(target.read_text()) == {"format": 1, "rows": []}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("command", [[], ["quantize"], ["step"], ["compare"]])
+def test_help_shows_an_example(capsys, command):
+    code, out, _ = run(capsys, *command, "--help")
+    assert code == 0
+    assert "fastflat bench " + " ".join(command) in out
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("2^12", [2**12]),
+        ("2^12,4096,2^13", [2**12, 2**13]),
+        ("2^10..2^13", [2**10, 2**11, 2**12, 2**13]),
+        ("2^10..2^15/2,2^16", [2**10, 2**12, 2**14, 2**16]),
+    ],
+)
+def test_sizes(text, sizes):
+    assert bench.parse_sizes(text) == sizes
+
+
+def test_threads():
+    assert bench.parse_threads("1, all,1") == list(dict.fromkeys([1, torch.get_num_threads()]))

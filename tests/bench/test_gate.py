@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No timing of wrong results."""
+
+import pytest
+import torch
+
+import fastflat
+
+CPU = torch.device("cpu")
+
+
+def test_the_kernels_in_force_pass(benchmarks):
+    assert benchmarks.gate.mistakes(CPU, [torch.float32, torch.bfloat16]) == []
+
+
+@pytest.mark.parametrize("wrong", ["y", "dx", "dscale"])
+def test_a_wrong_kernel_is_seen(benchmarks, monkeypatch, wrong):
+    """Wrong by the last bit in one element, or in a sum by more than another order explains."""
+    right = benchmarks.gate._passes
+    calls = []
+
+    def passes(*arguments):
+        y, gx, *gs = right(*arguments)
+        calls.append(1)
+        if len(calls) % 2 == 0:  # every second call is the one of the kernels in force
+            target = {"y": y, "dx": gx}.get(wrong)
+            if target is not None:
+                target.view(-1)[-1] = torch.nextafter(target.view(-1)[-1], torch.tensor(9.0))
+            elif gs:
+                gs[0].view(-1)[-1] += 1.0 + gs[0].view(-1)[-1].abs()
+        return y, gx, *gs
+
+    monkeypatch.setattr(benchmarks.gate, "_passes", passes)
+    found = benchmarks.gate.mistakes(CPU, [torch.float32])
+    assert found
+    assert all(text.startswith(f"{wrong} of fake_quantize") for text in found)
+
+
+def test_the_reference_is_asked_apart_from_the_kernels(benchmarks, monkeypatch):
+    """A gate that compared a backend with itself would never close."""
+    used = []
+    right = fastflat.fake_quantize
+
+    def spying(x, *args, **kwargs):
+        used.append(fastflat.choose("fake_quantize", "cpu")[0])
+        return right(x, *args, **kwargs)
+
+    monkeypatch.setattr(fastflat, "fake_quantize", spying)
+    benchmarks.gate.mistakes(CPU, [torch.float32])
+    assert set(used[0::2]) == {"reference"}
+    assert set(used[1::2]) == {fastflat.choose("fake_quantize", "cpu")[0]}
+
+
+@pytest.mark.parametrize(("body", "red"), [("assert True", False), ("assert False", True)])
+def test_red_tests_are_told(benchmarks, tmp_path, body, red):
+    folder = tmp_path / "tests" / "ops"
+    folder.mkdir(parents=True)
+    file = folder / "test_fake_quantize.py"
+    file.write_text(f"def test_it():\n    {body}\n")
+    told = benchmarks.gate.tests_are_red(file)
+    assert (told is not None) is red
+    if red:
+        assert "1 failed" in told
