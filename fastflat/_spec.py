@@ -7,7 +7,6 @@ It lives below the op layer because every layer above reads it; users import it 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -130,6 +129,8 @@ class QuantSpec:
             fail("grad_scale", "'none' with estimator='ste'", ": its scale is a constant; estimator='lsq' trains it")
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not TINY <= self.eps < math.inf:
             fail("eps", "a number of at least 2**-126 (1/scale must stay finite)")
+        # Checked calls by their metadata (fastflat.functional); no part of the value.
+        object.__setattr__(self, "_plans", {})
         if self.symmetric and self.zero != "outside":
             fail("zero", "'outside' when symmetric=True", ": a symmetric grid has no zero-point; pass symmetric=False")
 
@@ -181,27 +182,22 @@ class QuantSpec:
             raise ValueError(f"QuantSpec.from_dict: unknown field {', '.join(sorted(unknown))}")
         return cls(**values)
 
-    @functools.cached_property
-    def _plans(self) -> dict:
-        """Checked calls by their metadata (fastflat.functional); no part of the value."""
-        return {}
-
     def __reduce__(self) -> tuple:
         return (QuantSpec.from_dict, (self.to_dict(),))
 
     # Derived values ---------------------------------------------------------------------------------------------
 
-    @functools.cached_property
+    @property
     def qmin(self) -> int:
         """Lowest code of the grid."""
         return -(1 << (self.bits - 1)) + int(self.narrow) if self.signed else 0
 
-    @functools.cached_property
+    @property
     def qmax(self) -> int:
         """Highest code of the grid."""
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1 - int(self.narrow)
 
-    @functools.cached_property
+    @property
     def rules(self) -> int:
         """The rule as the bit set that the raw ops take (:data:`RULES`)."""
         chosen = (
