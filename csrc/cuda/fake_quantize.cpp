@@ -57,7 +57,7 @@ Tensor fake_quantize(const Tensor& x, const Tensor& scale, const std::optional<T
   const Call call(op, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, 1.0);
   const ScalarType result = dtype.value_or(x.scalar_type());
   const Pair pair = pair_of(op, x.scalar_type(), result);
-  Tensor y = empty_like(call.x, result);
+  Tensor y = empty_like(call.x, result, group > 0);
   check_launch(op, launch_fake_quantize(pair, call.geometry, call.quantizer, call.x.const_data_ptr(),
                                         y.mutable_data_ptr(), device.stream));
   return y;
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_bwd(const Tensor& gy_, const Te
   const Call call(op, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, factor);
   const Tensor gy = call.along("gy", gy_);
   const Pair pair = pair_of(op, x.scalar_type(), gy.scalar_type());
-  Tensor gx = empty_like(call.x, x.scalar_type());
+  Tensor gx = empty_like(call.x, x.scalar_type(), group > 0);
   const std::vector<int64_t> none{0}, all(scale.sizes().begin(), scale.sizes().end());
   const bool need_zero = need_scale && zero_point;
   Tensor gs = empty_dense(scale, need_scale ? all : none, scale.scalar_type());
@@ -106,7 +106,7 @@ Tensor fake_quantize_jvp(const std::optional<Tensor>& tx_, const std::optional<T
   const bool of_result = tx && tx->scalar_type() != x.scalar_type();
   STD_TORCH_CHECK(!of_result || tx->scalar_type() == result, "fastflat::", op,
                   ": tx must have the dtype of x or of the result");
-  Tensor ty = empty_like(call.x, result);
+  Tensor ty = empty_like(call.x, result, group > 0);
   check_launch(op, launch_fake_quantize_jvp(pair, of_result, call.geometry, call.quantizer, data(tx), data(ts),
                                             data(tz), call.x.const_data_ptr(), ty.mutable_data_ptr(), device.stream));
   return ty;
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> fake_quantize_absmax(const Tensor& x, int64_t qmin, i
   const Call call(op, x, std::nullopt, std::nullopt, qmin, qmax, axis, group, eps, rules, 1.0);
   const ScalarType result = dtype.value_or(x.scalar_type());
   const Pair pair = pair_of(op, x.scalar_type(), result);
-  Tensor y = empty_like(call.x, result);
+  Tensor y = empty_like(call.x, result, group > 0);
   Tensor scale = empty_dense(x, scale_sizes(x, axis, group), compute_type(x.scalar_type()));
   Tensor workspace = call.bytes(fake_quantize_absmax_workspace(pair, call.geometry));
   check_launch(op, launch_fake_quantize_absmax(pair, call.geometry, call.quantizer, call.x.const_data_ptr(),
