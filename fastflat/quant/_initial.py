@@ -88,6 +88,14 @@ class Statistics:
         """Share of the elements that are negative."""
         return float(self.sums[2].sum() / self.sums[0].sum())
 
+    def check_finite(self, label: str) -> None:
+        """Refuse NaN and inf among the data: a minimum over ranks may lose them."""
+        if self.sums is not None and not bool((torch.isfinite(self.low) & torch.isfinite(self.high)).all()):
+            raise ValueError(
+                f"fastflat::{label}: scale must be finite and positive, got NaN or inf in the data; mend the data or"
+                " skip the layer"
+            )
+
     def result(self, label: str) -> tuple[Tensor, Tensor | None]:
         """(scale, zero_point); zero_point is None for a symmetric spec.
 
@@ -98,6 +106,7 @@ class Statistics:
         """
         if self.sums is None:
             raise ValueError(f"fastflat::{label}: data must reach the quantizer, got none; pass batches that use it")
+        self.check_finite(label)
         spec, zero_point = self.spec, None
         top = max(spec.qmax, 1)
         absmax = torch.maximum(self.low.abs(), self.high.abs())
@@ -114,8 +123,8 @@ class Statistics:
             scale = absmax / top
         scale = torch.where(absmax == 0, scale.max(), scale)
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            got = "data that are all zero" if bool(torch.isfinite(absmax).all()) else "NaN or inf in the data"
             raise ValueError(
-                f"fastflat::{label}: scale must be finite and positive, got {got}; mend them or skip the layer"
+                f"fastflat::{label}: scale must be finite and positive, got data that are all zero; mend the data or"
+                " skip the layer"
             )
         return scale.reshape(self.shape), zero_point

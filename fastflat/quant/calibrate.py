@@ -60,6 +60,8 @@ def calibrate(
     try:
         with _undisturbed(model), _observed(waiting, statistics), torch.no_grad():
             _run(model, batches, forward or _call)
+        for name, s in statistics.items():
+            s.check_finite(name)
     except Exception as failure:
         error = failure
     _agree(model, error)
