@@ -15,7 +15,8 @@ struct Parameters {
         ts(static_cast<const C*>(call.ts)),
         tz(static_cast<const C*>(call.tz)) {}
 
-  FASTFLAT_HD QuantGroup<C> group(const IntegerGrid<C>& grid, int64_t c) const {
+  template <class Grid>
+  FASTFLAT_HD QuantGroup<C> group(const Grid& grid, int64_t c) const {
     return zero ? grid.group(scale[c], zero[c]) : grid.group(scale[c]);
   }
 };
@@ -36,14 +37,14 @@ struct SpreadParameters {
   }
 };
 
-template <class C>
-FASTFLAT_HD IntegerGrid<C> grid_of(const FakeQuantizeCall& call) {
-  return IntegerGrid<C>::make(call.qmin, call.qmax, call.eps, call.factor, call.rules);
-}
-
-// Runs body(grid) with the choice of division known to the compiler, so that only one of the two is computed.
+// Runs body(grid) with the form of the grid known to the compiler: the plain one, or one kind of division.
 template <class C, class Body>
-FASTFLAT_HD void by_arithmetic(IntegerGrid<C> grid, const Body& body) {
+FASTFLAT_HD void by_form(const FakeQuantizeCall& call, const Body& body) {
+  if (IntegerGrid<C>::is_plain(call.qmax, call.rules, call.zero_point != nullptr)) {
+    body(IntegerGrid<C, true>::make(call.qmin, call.qmax, call.eps, call.factor, 0));
+    return;
+  }
+  auto grid = IntegerGrid<C>::make(call.qmin, call.qmax, call.eps, call.factor, call.rules);
   if (grid.reciprocal) {
     grid.reciprocal = true;
     body(grid);
@@ -58,7 +59,7 @@ template <class C, class Element>
 FASTFLAT_HD void map_elements(const FakeQuantizeCall& call, int64_t begin, int64_t end, const Element& element) {
   const Geometry& geometry = call.geometry;
   const Parameters<C> p(call);
-  by_arithmetic(grid_of<C>(call), [&](const IntegerGrid<C>& grid) __attribute__((always_inline)) {
+  by_form<C>(call, [&](const auto grid) __attribute__((always_inline)) {
     if (geometry.inner >= short_run || geometry.channels == 1) {
       for_runs(geometry, begin, end, [&](int64_t i, int64_t n, int64_t c) __attribute__((always_inline)) {
         const QuantGroup<C> g = p.group(grid, c);
@@ -87,7 +88,7 @@ void fake_quantize_forward(const FakeQuantizeCall& call, int64_t begin, int64_t 
   using C = compute_t<X>;
   const X* __restrict x = static_cast<const X*>(call.x);
   Y* __restrict y = static_cast<Y*>(call.out);
-  map_elements<C>(call, begin, end, [=](int64_t i, const IntegerGrid<C>& grid, const QuantGroup<C>& g, C, C)
+  map_elements<C>(call, begin, end, [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C, C)
                                         __attribute__((always_inline)) {
     y[i] = store<Y>(grid.forward(load(x[i]), g));
   });
@@ -99,7 +100,7 @@ void fake_quantize_backward(const FakeQuantizeCall& call, int64_t begin, int64_t
   const X* __restrict x = static_cast<const X*>(call.x);
   const Y* __restrict gy = static_cast<const Y*>(call.in);
   X* __restrict gx = static_cast<X*>(call.out);
-  map_elements<C>(call, begin, end, [=](int64_t i, const IntegerGrid<C>& grid, const QuantGroup<C>& g, C, C)
+  map_elements<C>(call, begin, end, [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C, C)
                                         __attribute__((always_inline)) {
     gx[i] = store<X>(grid.backward(load(gy[i]), load(x[i]), g).x);
   });
@@ -112,12 +113,12 @@ void fake_quantize_tangent(const FakeQuantizeCall& call, int64_t begin, int64_t 
   const T* __restrict tx = static_cast<const T*>(call.in);
   Y* __restrict ty = static_cast<Y*>(call.out);
   if (tx) {
-    map_elements<C>(call, begin, end, [=](int64_t i, const IntegerGrid<C>& grid, const QuantGroup<C>& g, C ts, C tz)
+    map_elements<C>(call, begin, end, [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C ts, C tz)
                                           __attribute__((always_inline)) {
       ty[i] = store<Y>(grid.tangent(load(tx[i]), ts, tz, load(x[i]), g));
     });
   } else {
-    map_elements<C>(call, begin, end, [=](int64_t i, const IntegerGrid<C>& grid, const QuantGroup<C>& g, C ts, C tz)
+    map_elements<C>(call, begin, end, [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C ts, C tz)
                                           __attribute__((always_inline)) {
       ty[i] = store<Y>(grid.tangent(C(0), ts, tz, load(x[i]), g));
     });
@@ -125,9 +126,9 @@ void fake_quantize_tangent(const FakeQuantizeCall& call, int64_t begin, int64_t 
 }
 
 // Gradients of up to `block` elements; their shares of the sums go to scale[] and outside[].
-template <bool with_zero, class X, class Y, class C, class GroupAt>
+template <bool with_zero, class X, class Y, class C, class Grid, class GroupAt>
 FASTFLAT_HD void backward_block(const X* __restrict x, const Y* __restrict gy, X* __restrict gx, int64_t n,
-                                const IntegerGrid<C>& grid, const GroupAt& group_at, C* __restrict scale,
+                                const Grid& grid, const GroupAt& group_at, C* __restrict scale,
                                 C* __restrict outside) {
   for (int64_t i = 0; i < n; ++i) {
     const auto d = grid.backward(load(gy[i]), load(x[i]), group_at(i));
@@ -138,8 +139,8 @@ FASTFLAT_HD void backward_block(const X* __restrict x, const Y* __restrict gy, X
 }
 
 // The same for short runs, whose parameters are spread.
-template <class X, class Y, class C>
-FASTFLAT_HD void backward_spread(const X* x, const Y* gy, X* gx, int64_t n, const IntegerGrid<C>& grid,
+template <class X, class Y, class C, class Grid>
+FASTFLAT_HD void backward_spread(const X* x, const Y* gy, X* gx, int64_t n, const Grid& grid,
                                  const SpreadParameters<C>& s, bool with_zero, C* scale, C* outside) {
   if (with_zero) {
     const auto at = [&](int64_t i) __attribute__((always_inline)) { return grid.group(s.scale[i], s.zero[i]); };
@@ -150,9 +151,9 @@ FASTFLAT_HD void backward_spread(const X* x, const Y* gy, X* gx, int64_t n, cons
   }
 }
 
-template <bool with_zero, class X, class Y, class C>
-FASTFLAT_HD void backward_lanes(const X* x, const Y* gy, X* gx, int64_t n, const IntegerGrid<C>& grid,
-                                const QuantGroup<C>& g, double* sums) {
+template <bool with_zero, class X, class Y, class C, class Grid>
+FASTFLAT_HD void backward_lanes(const X* x, const Y* gy, X* gx, int64_t n, const Grid& grid, const QuantGroup<C>& g,
+                                double* sums) {
   const auto at = [g](int64_t) __attribute__((always_inline)) { return g; };
   alignas(64) C scale[block], outside[block];
   for (int64_t start = 0; start < n; start += flush) {
@@ -172,11 +173,16 @@ FASTFLAT_HD void backward_lanes(const X* x, const Y* gy, X* gx, int64_t n, const
 
 // Gradients of one long run; adds its sums. Without a zero-point the second sum is not formed. A function of its own,
 // with its parameters in registers: inlined into its callers the loop is too much for the vectoriser.
-template <bool with_zero, class X, class Y, class C>
-__attribute__((noinline)) void backward_run(const X* x, const Y* gy, X* gx, int64_t n, const IntegerGrid<C>& shared,
-                                            const QuantGroup<C> g, double* sums) {
-  by_arithmetic(shared, [&](const IntegerGrid<C> grid) __attribute__((always_inline)) {
-    backward_lanes<with_zero>(x, gy, gx, n, grid, g, sums);
+template <bool with_zero, class X, class Y>
+__attribute__((noinline)) void backward_run(const FakeQuantizeCall& call, int64_t begin, int64_t n, int64_t channel,
+                                            double* sums) {
+  using C = compute_t<X>;
+  const X* x = static_cast<const X*>(call.x) + begin;
+  const Y* gy = static_cast<const Y*>(call.in) + begin;
+  X* gx = static_cast<X*>(call.out) + begin;
+  by_form<C>(call, [=](const auto grid) __attribute__((always_inline)) {
+    const QuantGroup<C> g = Parameters<C>(call).group(grid, channel);
+    backward_lanes<with_zero>(x, gy, gx, n, grid, g, sums + 2 * channel);
   });
 }
 
@@ -188,15 +194,12 @@ void fake_quantize_backward_range(const FakeQuantizeCall& call, int64_t begin, i
   const X* x = static_cast<const X*>(call.x);
   const Y* gy = static_cast<const Y*>(call.in);
   X* gx = static_cast<X*>(call.out);
-  const IntegerGrid<C> shared = grid_of<C>(call);
   if (geometry.inner >= short_run || geometry.channels == 1) {
-    for_runs(geometry, begin, end, [&](int64_t i, int64_t n, int64_t c) {
-      const auto run = p.zero ? backward_run<true, X, Y, C> : backward_run<false, X, Y, C>;
-      run(x + i, gy + i, gx + i, n, shared, p.group(shared, c), sums + 2 * c);
-    });
+    const auto run = p.zero ? backward_run<true, X, Y> : backward_run<false, X, Y>;
+    for_runs(geometry, begin, end, [&](int64_t i, int64_t n, int64_t c) { run(call, i, n, c, sums); });
     return;
   }
-  by_arithmetic(shared, [&](const IntegerGrid<C>& grid) __attribute__((always_inline)) {
+  by_form<C>(call, [&](const auto grid) __attribute__((always_inline)) {
     // Columns: rows of all channels are added up elementwise, at most `flush / lanes` of them in the compute type.
     const int64_t row = geometry.channels * geometry.inner;
     SpreadParameters<C> s;
@@ -236,7 +239,7 @@ void fake_quantize_backward_channels(const FakeQuantizeCall& call, int64_t begin
   const Y* gy = static_cast<const Y*>(call.in);
   X* gx = static_cast<X*>(call.out);
   const int64_t per_block = block / inner;
-  by_arithmetic(grid_of<C>(call), [&](const IntegerGrid<C>& grid) __attribute__((always_inline)) {
+  by_form<C>(call, [&](const auto grid) __attribute__((always_inline)) {
     SpreadParameters<C> s;
     alignas(64) C scale[block], outside[block];
     for (int64_t c = begin; c < end; c += per_block) {

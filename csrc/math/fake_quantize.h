@@ -50,7 +50,9 @@ struct QuantGroup {
   C z;      // zero-point as the code of 0
 };
 
-template <class C>
+// `plain` leaves out what the commonest form has no use for, with the same bits: no zero-point, rules 0 (division, mask
+// before rounding, NaN stays, infinity saturates, -0 stays) and a positive qmax. is_plain() says when it may stand in.
+template <class C, bool plain = false>
 struct IntegerGrid {
   using Mask = typename MaskOf<C>::type;
 
@@ -65,6 +67,10 @@ struct IntegerGrid {
   bool reciprocal, zero_inside, zero_float;
   Mask pass_all;  // set: every gradient passes
 
+  FASTFLAT_HD static bool is_plain(int64_t qmax, int64_t rules, bool has_zero_point) {
+    return rules == 0 && qmax > 0 && !has_zero_point;
+  }
+
   FASTFLAT_HD static IntegerGrid make(int64_t qmin, int64_t qmax, double eps, double factor, int64_t rules) {
     IntegerGrid grid;
     grid.qmin = static_cast<C>(qmin);
@@ -75,6 +81,8 @@ struct IntegerGrid {
     grid.overflow = (rules & rules::inf_qmin) ? grid.qmin : grid.qmax;
     grid.not_number = (rules & rules::nan_qmin) ? grid.qmin : zero / zero;
     grid.zero_fix = (rules & rules::positive_zero) ? zero : -zero;
+    // The plain clamp keeps a -0 that meets qmin; the general one gives qmin itself.
+    if (plain) grid.zero_fix = qmin == 0 ? zero : -zero;
     grid.reciprocal = rules & rules::reciprocal;
     grid.zero_inside = rules & rules::zero_inside;
     grid.zero_float = rules & rules::zero_float;
@@ -117,6 +125,14 @@ struct IntegerGrid {
 
   FASTFLAT_HD Code code(C x, const QuantGroup<C>& g) const {
     Code c;
+    if constexpr (plain) {
+      c.u = x / g.s;
+      const C r = round_even(c.u);
+      const C lifted = r < qmin ? qmin : r;
+      c.d = (lifted > qmax ? qmax : lifted) + zero_fix;
+      c.in = Mask(0) - Mask((c.u >= qmin) & (c.u <= qmax));
+      return c;
+    }
     c.u = reciprocal ? x * g.inv : x / g.s;
     const C v = c.u + g.z_in;
     const C r = round_even(v) + g.z_out;
