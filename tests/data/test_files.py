@@ -102,7 +102,7 @@ def test_bad_npz_is_one_line(tmp_path, content, message):
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 cut"])
 def test_a_file_that_is_no_npz(tmp_path, content):
     (tmp_path / "d.npz").write_bytes(content)
-    with pytest.raises(ValueError, match="must be an .npz of plain arrays"):
+    with pytest.raises(ValueError, match=r"must be an \.npz of plain arrays"):
         data.from_path(tmp_path / "d.npz")
 
 
@@ -138,7 +138,7 @@ def test_idx_files_plain_and_gzipped(tmp_path):
 
 @pytest.mark.parametrize("raw", [b"", b"\0\0\x08", b"\0\0\x0d\1" + b"\0" * 8, idx_bytes(X)[:-1], idx_bytes(X) + b"!"])
 def test_broken_idx_is_refused(raw):
-    with pytest.raises(ValueError, match="must (be an IDX file|hold)"):
+    with pytest.raises(ValueError, match=r"must (be an IDX file|hold)"):
         idx(raw, "file")
 
 

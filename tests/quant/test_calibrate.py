@@ -108,9 +108,7 @@ def test_bad_data_change_nothing(net, x, batches, error, message):
 
 
 def test_all_zero_data_are_named():
-    with pytest.raises(
-        ValueError, match=r"0\.input_quantizer: scale must be finite and positive, got data that are all"
-    ):
+    with pytest.raises(ValueError, match=r"0\.input_quantizer: .* got data that are all zero"):
         ff.calibrate(single(ACTIVATIONS), [torch.zeros(2, 4)])
 
 

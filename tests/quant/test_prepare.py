@@ -70,7 +70,7 @@ def test_weights_without_a_scale_are_refused_by_name_and_nothing_is_replaced(net
 
 
 def test_a_model_without_such_layers_and_one_prepared_already_are_refused(net):
-    with pytest.raises(ValueError, match="model must hold an nn.Linear or nn.Conv2d"):
+    with pytest.raises(ValueError, match=r"model must hold an nn\.Linear or nn\.Conv2d"):
         ff.prepare(nn.ReLU(), weights=WEIGHTS)
     ff.prepare(net, weights=WEIGHTS)
     with pytest.raises(ValueError, match="not yet quantized"):
