@@ -10,7 +10,7 @@ from fastflat import _checks
 from fastflat._ops import compute_dtype
 from fastflat._spec import QuantSpec
 from fastflat.autograd import fake_quantize as rule
-from fastflat.backends import kernels
+from fastflat.backends import forced_backend, kernels
 
 __all__ = ["fake_quantize", "fake_quantize_dynamic"]
 
@@ -119,11 +119,12 @@ def _plan(
     try:
         offset = None if zero_point is None else (zero_point.shape, zero_point.dtype, zero_point.device)
         trained = scale.requires_grad or (zero_point is not None and zero_point.requires_grad)
-        key = (x.shape, x.dtype, x.device, scale.shape, scale.dtype, scale.device, offset, dtype, x.layout, trained)
+        data = (x.shape, x.dtype, x.device, x.layout)
+        key = (data, scale.shape, scale.dtype, scale.device, offset, dtype, trained, forced_backend())
         plan = spec._plans.get(key)
     except AttributeError:  # not even tensors or a spec: the checks say which
         return _checked_plan(op, x, scale, zero_point, spec, dtype)
-    if plan is None or plan.kernels is not kernels(x.device.type):
+    if plan is None:
         plan = _checked_plan(op, x, scale, zero_point, spec, dtype)
         if len(spec._plans) >= _PLANS:
             spec._plans.clear()

@@ -65,6 +65,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+def forced_backend() -> str | None:
+    """The backend that a ``with backend(...)`` block asks for, if any."""
+    return _forced
+
+
 def choose(op: str, device: str) -> tuple[str, str]:
     """The backend that computes `op` on tensors of `device`, and the reason in words."""
     _ops.OPS[op]
@@ -103,7 +108,7 @@ def _choose(device: str, forced: str | None) -> tuple[str, str]:
 def _kernels(device: str, forced: str | None) -> SimpleNamespace:
     name, _ = _choose(device, forced)
     modules = {"reference": reference, "triton": triton}
-    get: Callable = _ops.overload if name in ("cpu", "cuda") else functools.partial(getattr, modules[name])
+    get: Callable = _ops.callable_of if name in ("cpu", "cuda") else functools.partial(getattr, modules[name])
     return SimpleNamespace(backend=name, **{op: get(op) for op in _ops.OPS})
 
 
