@@ -104,7 +104,7 @@ gpu: build
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -m "gpu and not slow" tests/ops
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -m "gpu and not slow" tests/ops
 	mkdir -p benchmarks/results
-	$(BIN)/fastflat bench quantize --json benchmarks/results/quantize-gpu.json
+	$(BIN)/fastflat bench quantize --device cuda --json benchmarks/results/quantize-gpu.json
 
 clean:
 	rm -rf build dist *.egg-info fastflat/libfastflat_*.so fastflat/_build_info.json $(VENV2)

@@ -38,6 +38,15 @@ def test_medians_and_blocks(benchmarks, clock):
     assert timings["long"].rounds == 4
 
 
+def test_what_the_others_drove_out_of_the_caches_is_brought_back_untimed(benchmarks, clock):
+    def slow_after_another(name):
+        return clock.call(name, lambda count: 5.0 if count > 1 and clock.log[-2] != name else 1.0)
+
+    effort = benchmarks.measure.Effort(seconds=1e9, rounds=(4, 4), block=3.0)
+    timings = benchmarks.measure.interleaved({name: slow_after_another(name) for name in "ab"}, effort)
+    assert timings["a"].samples == timings["b"].samples == pytest.approx([1.0] * 4)
+
+
 def test_turns_rotate(benchmarks, clock):
     effort = benchmarks.measure.Effort(seconds=1e9, rounds=(3, 3), block=1.0)
     calls = {name: clock.call(name, 1.0) for name in "abc"}
