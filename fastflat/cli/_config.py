@@ -31,7 +31,7 @@ class Config:
     per_channel: bool = True
     epochs: int = 5
     batch: int = 64
-    lr: float = 0.05
+    lr: float = 0.02
     scale_lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4

@@ -124,7 +124,7 @@ def test_a_damaged_run_is_refused_in_one_line_and_left_as_it_is(stopped, command
 
 def test_options_that_contradict_the_run_are_refused(stopped, command):
     code, _, err = command("train", "--resume", stopped, "--lr", 1)
-    assert (code, err) == (2, "fastflat: train: --lr must stay 0.05 to resume this run, got 1.0\n")
+    assert (code, err) == (2, f"fastflat: train: --lr must stay {Config().lr} to resume this run, got 1.0\n")
     code, _, err = command("train", "--resume", stopped, "--out", "elsewhere")
     assert code == 2
 
