@@ -24,14 +24,14 @@ def load(name: str, *, size: int | None = None, download: bool = False) -> Datas
             ``"auto"`` a failure of that falls through to the next.
 
     Raises:
-        FileNotFoundError, RuntimeError, ValueError: the data are missing or broken; one line.
+        OSError, ValueError: the data are missing or broken; one line.
     """
     if name == "auto":
         reasons = []
         for candidate in ("fashion-mnist", "mnist-5k"):
             try:
                 return load(candidate, download=download)
-            except (FileNotFoundError, RuntimeError) as error:
+            except OSError as error:
                 reasons.append(str(error).removeprefix("data: "))
         raise FileNotFoundError(f"data: no data set is at hand: {'; '.join(reasons)}")
     if name == "fashion-mnist" and download:

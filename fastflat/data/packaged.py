@@ -82,20 +82,20 @@ def download_fashion_mnist() -> Path:
     """Unpack Debian's package into the cache folder, without root and without installing it.
 
     Raises:
-        RuntimeError: apt or dpkg-deb is missing or fails, in one line.
+        OSError: apt or dpkg-deb is missing or fails, in one line.
     """
     there = fashion_folder()
     if there is not None:
         return there
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise RuntimeError(f"data: unpacking {FASHION_PACKAGE} needs {tool}, got a system without it")
+            raise OSError(f"data: unpacking {FASHION_PACKAGE} needs {tool}, got a system without it")
     root = cache_folder()
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as folder:
         try:
             _apt(["download", FASHION_PACKAGE], folder)
-        except RuntimeError:
+        except OSError:
             # A system whose package lists are empty (a fresh container): fetch lists of our own, which needs no root.
             lists = [f"-oDir::State={folder}/state", f"-oDir::Cache={folder}/cache", "-oDebug::NoLocking=1"]
             for name in ("state/lists/partial", "cache/archives/partial"):
@@ -119,10 +119,10 @@ def _run(command: list[str], folder: str) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"data: {command[0]} must end within 300 s, got no answer; is there a network?") from None
+        raise OSError(f"data: {command[0]} must end within 300 s, got no answer; is there a network?") from None
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise RuntimeError(f"data: {command[0]} could not fetch {FASHION_PACKAGE}: {lines[-1]}")
+        raise OSError(f"data: {command[0]} could not fetch {FASHION_PACKAGE}: {lines[-1]}")
 
 
 def mnist_5k() -> Dataset:

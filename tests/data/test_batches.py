@@ -131,3 +131,19 @@ def test_fashion_mnist_with_other_bytes_is_refused(monkeypatch, tmp_path):
     (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"other"))
     with pytest.raises(ValueError, match="must hold the published Fashion-MNIST"):
         data.load("fashion-mnist")
+
+
+def test_a_failing_download_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTFLAT_DATA", str(tmp_path))
+    monkeypatch.setattr("fastflat.data.packaged.fashion_folder", lambda: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match="unpacking dataset-fashion-mnist needs apt-get"):
+        data.load("fashion-mnist", download=True)
+    fake = tmp_path / "apt-get"
+    fake.write_text("#!/bin/sh\necho first >&2; echo 'E: no network' >&2; exit 100\n")
+    fake.chmod(0o755)
+    (tmp_path / "dpkg-deb").symlink_to(fake)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(OSError, match=r"could not fetch dataset-fashion-mnist: E: no network$"):
+        data.load("fashion-mnist", download=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"apt-get", "dpkg-deb"}
