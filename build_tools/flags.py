@@ -20,6 +20,8 @@ HOST = {
     "-fvisibility=hidden": "nothing is called by name: the operators register themselves when the library loads",
     "-fvisibility-inlines-hidden": "the same for inline functions",
     "-ffp-contract=off": "a*b+c in two roundings on every target, so that all backends give the same bits",
+    "-fno-math-errno": "no loop calls a libm function for the sake of errno",
+    "-fno-trapping-math": "comparisons and choices vectorise; no result changes, only which exception flags are raised",
     "-ffile-prefix-map={root}=.": "no path of the build machine in the binary",
     "-ffile-prefix-map={torch}=torch": "the same for the texts of torch's check macros",
     "-Wall": "warnings",

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiled CPU library holds: few instantiations, and loops that really are vector loops."""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import fastflat
+from fastflat.backends import unavailable
+
+LIBRARY = pathlib.Path(fastflat.__file__).with_name("libfastflat_cpu.so")
+#: Loops by name and how often each is compiled for one instruction set: once for each pair of storage types (6), or
+#: for each storage type (4); the long runs of the backward with and without a zero-point.
+INSTANTIATIONS = {
+    "fake_quantize_forward": 6,
+    "fake_quantize_backward": 6,
+    "fake_quantize_backward_channels": 6,
+    "fake_quantize_backward_range": 6,
+    "backward_run": 12,
+    # float32 -> 16 bit and the two directions of the tangent
+    "fake_quantize_tangent": 8,
+    "fake_quantize_absmax_channels": 4,
+    "fake_quantize_absmax_range": 4,
+}
+#: The packed division of each set: the mark that a loop of the forward op was vectorised.
+PACKED_DIVISION = {
+    "baseline": r"\bdivps\s.*%xmm",
+    "avx2": r"\bvdivps\s.*%ymm",
+    "avx512": r"\bvdivps\s.*%zmm",
+}
+
+pytestmark = [
+    pytest.mark.skipif(bool(unavailable("cpu", "cpu")), reason="the CPU library was not built"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 instructions"),
+    pytest.mark.skipif(not (shutil.which("nm") and shutil.which("objdump")), reason="needs binutils"),
+]
+
+
+@pytest.fixture(scope="module")
+def symbols() -> list[str]:
+    command = ["nm", "-C", "--defined-only", str(LIBRARY)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_instantiations_are_few(symbols):
+    counts = {isa: collections.Counter() for isa in PACKED_DIVISION}
+    for line in symbols:
+        match = re.search(r"fastflat::cpu::(\w+)::\(anonymous namespace\)::(\w+)<", line)
+        if match and match[1] in counts and match[2] in INSTANTIATIONS and "lambda" not in line:
+            counts[match[1]][match[2]] += 1
+    for isa, found in counts.items():
+        assert found == INSTANTIATIONS, isa
+
+
+def test_library_stays_small():
+    assert LIBRARY.stat().st_size < 4 * 2**20
+
+
+@pytest.mark.parametrize("isa", PACKED_DIVISION)
+@pytest.mark.parametrize("function", ["fake_quantize_forward<float, float>", "backward_run<false, float, float>"])
+def test_loops_are_vectorised(isa, function):
+    name = f"fastflat::cpu::{isa}::(anonymous namespace)::{function}"
+    text = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", str(LIBRARY)], capture_output=True, text=True, check=True)
+    body = re.search(rf"^[0-9a-f]+ <(?:void )?{re.escape(name)}.*?(?=^$)", text.stdout, re.MULTILINE | re.DOTALL)
+    assert body, f"no symbol {name}"
+    assert re.search(PACKED_DIVISION[isa], body[0])
+
+
+def test_no_fused_multiply_add_in_maps():
+    """One rounding instead of two would change bits."""
+    text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(LIBRARY)], capture_output=True, text=True, check=True)
+    assert not re.search(r"\bvf(n?m)(add|sub)\d", text.stdout)
