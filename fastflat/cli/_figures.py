@@ -73,7 +73,8 @@ def layers(rows: list[LayerSummary], name: str) -> str:
     left.set_yticks(at, [f"{row.name}  ({row.weight_bits} bits)" for row in rows])
     left.invert_yaxis()
     left.set(xlabel="signal to quantization noise of the weights, dB")
-    right.set(xlabel="weights clipped, %")
+    most = max(100 * row.clipped for row in rows)
+    right.set(xlabel="weights clipped, %", xlim=(0, max(1.05 * most, 0.1)))
     for axes in (left, right):
         axes.grid(axis="y", visible=False)
     return _svg(plt, figure)
