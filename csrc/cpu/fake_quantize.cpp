@@ -217,7 +217,7 @@ std::tuple<Tensor, Tensor> fake_quantize_absmax(const Tensor& x_, int64_t qmin, 
   const Geometry& g = call.geometry;
   std::vector<double> absmax(g.channels, 0.0);
   reduce(family().absmax_channels[storage], family().absmax_range[storage], call, 1, absmax.data(),
-         larger_magnitude<double>);
+         [](double a, double b) { return larger_magnitude(a, b); });
   if (compute == ScalarType::Double) {
     store_scales<double>(absmax, qmax, scale.mutable_data_ptr());
   } else {
