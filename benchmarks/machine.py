@@ -50,6 +50,14 @@ def line(facts: dict[str, Any]) -> str:
     )
 
 
+def busy(facts: dict[str, Any]) -> str | None:
+    """A warning where other programs ran when the measurement began."""
+    load, cores = facts["load"], facts["cores"]
+    if load is None or load < 0.75:
+        return None
+    return f"busy machine: load {load} on {cores} cores when it began; repeat these figures on an idle one"
+
+
 def instruction_set() -> str:
     """The set for which the CPU library runs its loops: the rule of csrc/cpu/isa/select.cpp on /proc/cpuinfo."""
     flags = set(_cpuinfo("flags").split())

@@ -285,6 +285,7 @@ def _finish(result: dict[str, Any], table: str, target: Path | None) -> None:
         report.write(target.resolve(), result)
     head, lines = getattr(report, table)(result)
     notes = [machine.line(result["machine"]), f"allocator {result['allocator']}"]
+    notes += filter(None, [machine.busy(result["machine"])])
     missing = {row["peer"]: row["unsupported"] for row in result["rows"] if "unsupported" in row}
     notes += [f"{peer}: no form of some cases: {reason}" for peer, reason in missing.items()]
     report.show(f"bench {result['benchmark']}", head, lines, notes, click.echo)

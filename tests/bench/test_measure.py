@@ -98,3 +98,11 @@ def test_copy_is_of_the_same_size(benchmarks):
     assert torch.equal(copy, x)
     assert copy.data_ptr() != x.data_ptr()
     assert not copy.requires_grad
+
+
+@pytest.mark.parametrize(("load", "said"), [(None, False), (0.2, False), (3.1, True)])
+def test_a_busy_machine_is_named(benchmarks, load, said):
+    note = benchmarks.machine.busy({"load": load, "cores": 2})
+    assert (note is not None) is said
+    if said:
+        assert note.startswith("busy machine: load 3.1 on 2 cores")
