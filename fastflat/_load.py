@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import json
@@ -59,6 +60,17 @@ def build_info() -> dict[str, Any]:
     Empty in a tree that was never built."""
     path = _HERE / "_build_info.json"
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@functools.cache
+def cpu_isa() -> str | None:
+    """The instruction set whose loops the CPU library runs in this process; None without the library."""
+    library = status()["cpu"]
+    if not library.loaded:
+        return None
+    query = ctypes.CDLL(library.path).fastflat_cpu_isa
+    query.restype = ctypes.c_char_p
+    return query().decode()
 
 
 def has_code_for(capability: tuple[int, int]) -> bool:

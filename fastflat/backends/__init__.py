@@ -39,7 +39,12 @@ def unavailable(name: str, device: str) -> str | None:
     if device != name:
         return f"backend {name!r} computes on {name} tensors only"
     part = _load.status()[name]
-    return None if part.loaded else f"{part.reason}; {part.remedy}"
+    if not part.loaded:
+        return f"{part.reason}; {part.remedy}"
+    if name == "cuda" and torch.cuda.is_available() and not _load.has_code_for(torch.cuda.get_device_capability()):
+        built, found = _load.build_info().get("arches"), torch.cuda.get_device_capability()
+        return f"built for {', '.join(built)}, this GPU is {found[0]}.{found[1]}; rebuild with FASTFLAT_ARCHS"
+    return None
 
 
 def backends() -> dict[str, str]:

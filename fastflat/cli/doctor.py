@@ -78,6 +78,7 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "isa": _load.cpu_isa(),
         "isa_cap": os.environ.get("FASTFLAT_CPU_ISA"),
         "torch_cuda": torch.version.cuda,
     }
@@ -160,8 +161,8 @@ def text(found: dict[str, Any]) -> list[str]:
     lines = [
         "versions   " + ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items()),
         f"machine    {machine['system']}, {machine['architecture']}, {machine['processor']}",
-        f"           {machine['cores']} cores, {machine['threads']} threads, PyTorch sees"
-        f" {machine['vector_instructions']}"
+        f"           {machine['cores']} cores, {machine['threads']} threads, our CPU loops for"
+        f" {machine['isa'] or 'nothing (library missing)'}, PyTorch's for {machine['vector_instructions']}"
         + (f", FASTFLAT_CPU_ISA={machine['isa_cap']}" if machine["isa_cap"] else ""),
     ]
     for gpu in found["gpus"]:

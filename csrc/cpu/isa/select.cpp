@@ -27,3 +27,8 @@ const Loops& loops() {
 }
 
 }  // namespace fastflat::cpu
+
+// Read by fastflat._load: which set this process uses.
+extern "C" __attribute__((visibility("default"))) const char* fastflat_cpu_isa() {
+  return fastflat::cpu::loops().name;
+}

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README's table and figure of the quantizer benchmark, drawn from committed results.
+
+    python -m fastflat.benchmarks.figures benchmarks/results/quantize-cpu.json README.md benchmarks/results/quantize-cpu.svg
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import report
+
+START, END = "<!-- quantize: drawn from", "<!-- quantize: end -->"
+#: Peers in the order and with the words of the table.
+WORDS = {
+    "mul": "two multiplications",
+    "fastflat": "fastflat",
+    "compile": "torch.compile",
+    "eager": "eager Python",
+    "builtin": "PyTorch's builtin",
+}
+
+
+def chosen(result: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
+    """The cases shown: fp32 forward and backward on one thread, every size and granularity that was measured."""
+    found = report.cases(result["rows"])
+    return [(c, p) for c, p in found if (c["dtype"], c["threads"], c["passes"]) == ("fp32", 1, "both")]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Microseconds of a forward and backward pass, and how many times longer the peers take."""
+    peers = [p for p in WORDS if any(p in by_peer for _, by_peer in chosen(result))]
+    others = [p for p in peers if p != "fastflat"]
+    lines = ["| elements | scale | fastflat | " + " | ".join(WORDS[p] for p in others) + " |"]
+    lines.append("|" + "---|" * (3 + len(others)))
+    for case, by_peer in chosen(result):
+        ours = by_peer["fastflat"]["seconds"]
+        cells = [report.elements(case["elements"]), case["granularity"], f"{ours * 1e6:.0f} us"]
+        for peer in others:
+            seconds = by_peer.get(peer, {}).get("seconds")
+            cells.append("-" if seconds is None else f"{seconds / ours:.2f} x")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Time of a forward and backward pass in copies of the tensor, by size, one line for each peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "fastflat"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for peer, words in WORDS.items():
+        points = [
+            (case["elements"], by_peer[peer]["copies"])
+            for case, by_peer in chosen(result)
+            if case["granularity"] == "channel" and by_peer.get(peer, {}).get("copies") is not None
+        ]
+        if points:
+            style = {"linewidth": 2.5} if peer == "fastflat" else {"linewidth": 1.2, "linestyle": "--"}
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=words, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("elements, fp32, one scale per channel")
+    axes.set_ylabel("forward + backward, in copies")
+    axes.legend(fontsize=8)
+    axes.grid(visible=True, which="both", alpha=0.2)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="svg", metadata={"Date": None})
+    part.replace(path)
+
+
+def insert(text: str, source: str, table: str) -> str:
+    """`text` with the table between the two marks."""
+    before, rest = text.split(START, 1)
+    _, after = rest.split(END, 1)
+    return f"{before}{START} {source} -->\n{table}\n{END}{after}"
+
+
+def main(source: str, readme: str, figure: str) -> None:
+    result = report.read(Path(source))
+    target = Path(readme)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    part.write_text(insert(target.read_text(), source, markdown(result)))
+    part.replace(target)
+    draw(result, Path(figure))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
