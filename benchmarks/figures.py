@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """README's table and figure of the quantizer benchmark, drawn from committed results.
 
-    python -m fastflat.benchmarks.figures benchmarks/results/quantize-cpu.json README.md benchmarks/results/quantize-cpu.svg
+python -m fastflat.benchmarks.figures benchmarks/results/quantize-cpu.json README.md benchmarks/results/quantize-cpu.svg
 """
 
 from __future__ import annotations

@@ -73,9 +73,7 @@ def _fake_fake_quantize_bwd(gy, x, scale, zero_point, qmin, qmax, axis, group, e
     return _like(x, group), gs, gz
 
 
-def _fake_fake_quantize_jvp(
-    tx, ts, tz, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, factor, dtype=None
-):
+def _fake_fake_quantize_jvp(tx, ts, tz, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, factor, dtype=None):
     return _like(x, group, dtype)
 
 

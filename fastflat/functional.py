@@ -71,9 +71,7 @@ def fake_quantize(
     return rule.fake_quantize(x, scale, zero_point, plan)
 
 
-def fake_quantize_dynamic(
-    x: Tensor, *, spec: QuantSpec, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+def fake_quantize_dynamic(x: Tensor, *, spec: QuantSpec, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Quantize x with a scale taken from x itself, fused: ``scale = max|x| / max(qmax, 1)`` over each scale's elements.
 
     The maximum is exact, so y and scale have the same bits on every backend. The scale counts as a constant in every

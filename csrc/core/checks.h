@@ -14,8 +14,7 @@ inline ScalarType compute_type(ScalarType storage) {
 inline void check_parameter(const char* op, const char* name, const Tensor& p, const Tensor& x, int64_t values) {
   STD_TORCH_CHECK(p.scalar_type() == compute_type(x.scalar_type()), "fastflat::", op, ": ", name,
                   " must be float32 (float64 for float64 x)");
-  STD_TORCH_CHECK(p.numel() == values, "fastflat::", op, ": ", name, " must have ", values, " values, got ",
-                  p.numel());
+  STD_TORCH_CHECK(p.numel() == values, "fastflat::", op, ": ", name, " must have ", values, " values, got ", p.numel());
   STD_TORCH_CHECK(p.device() == x.device(), "fastflat::", op, ": ", name, " must be on the device of x");
 }
 

@@ -25,7 +25,8 @@ inline Storage storage_of(const char* op, const char* name, ScalarType dtype) {
 inline Pair pair_of(const char* op, ScalarType x, ScalarType y) {
   const Storage a = storage_of(op, "x", x), b = storage_of(op, "the result", y);
   if (a == b) return static_cast<Pair>(a);
-  STD_TORCH_CHECK(a == f32 && b != f64, "fastflat::", op, ": the result must have the dtype of x, or 16 bits for float32 x");
+  STD_TORCH_CHECK(a == f32 && b != f64, "fastflat::", op,
+                  ": the result must have the dtype of x, or 16 bits for float32 x");
   return b == bf16 ? f32_bf16 : f32_f16;
 }
 

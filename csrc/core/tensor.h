@@ -30,8 +30,7 @@ inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int6
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, code, device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
@@ -42,7 +41,8 @@ inline Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes,
   return empty_strided(like, sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
-// The shape and strides of a dense `like` in another storage type; contiguous on wish, whatever axes of one element say.
+// The shape and strides of a dense `like` in another storage type; contiguous on wish, whatever axes of one element
+// say.
 inline Tensor empty_like(const Tensor& like, ScalarType dtype, bool contiguous = false) {
   const auto sizes = like.sizes(), strides = like.strides();
   if (contiguous) return empty_dense(like, {sizes.begin(), sizes.end()}, dtype);

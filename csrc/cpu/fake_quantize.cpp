@@ -53,11 +53,12 @@ void reduce(FakeQuantizeLoops::Reduce channels, FakeQuantizeLoops::Reduce range,
   if (tasks == 1) return range(call, 0, n, result);
   const int64_t numbers = width * g.channels;
   std::vector<double> partial(tasks * numbers, 0.0);
-  torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, grain / (per_task * unit)), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      range(call, t * per_task * unit, std::min(n, (t + 1) * per_task * unit), partial.data() + t * numbers);
-    }
-  });
+  torch::stable::parallel_for(
+      0, tasks, std::max<int64_t>(1, grain / (per_task * unit)), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          range(call, t * per_task * unit, std::min(n, (t + 1) * per_task * unit), partial.data() + t * numbers);
+        }
+      });
   for (int64_t t = 0; t < tasks; ++t) {
     for (int64_t i = 0; i < numbers; ++i) result[i] = combine(result[i], partial[t * numbers + i]);
   }

@@ -88,10 +88,9 @@ void fake_quantize_forward(const FakeQuantizeCall& call, int64_t begin, int64_t 
   using C = compute_t<X>;
   const X* __restrict x = static_cast<const X*>(call.x);
   Y* __restrict y = static_cast<Y*>(call.out);
-  map_elements<C>(call, begin, end, [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C, C)
-                                        __attribute__((always_inline)) {
-    y[i] = store<Y>(grid.forward(load(x[i]), g));
-  });
+  map_elements<C>(call, begin, end,
+                  [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C, C)
+                      __attribute__((always_inline)) { y[i] = store<Y>(grid.forward(load(x[i]), g)); });
 }
 
 template <class X, class Y>
@@ -100,10 +99,10 @@ void fake_quantize_backward(const FakeQuantizeCall& call, int64_t begin, int64_t
   const X* __restrict x = static_cast<const X*>(call.x);
   const Y* __restrict gy = static_cast<const Y*>(call.in);
   X* __restrict gx = static_cast<X*>(call.out);
-  map_elements<C>(call, begin, end, [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C, C)
-                                        __attribute__((always_inline)) {
-    gx[i] = store<X>(grid.backward(load(gy[i]), load(x[i]), g).x);
-  });
+  map_elements<C>(call, begin, end,
+                  [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C, C) __attribute__((always_inline)) {
+                    gx[i] = store<X>(grid.backward(load(gy[i]), load(x[i]), g).x);
+                  });
 }
 
 template <class X, class T, class Y>
@@ -113,23 +112,22 @@ void fake_quantize_tangent(const FakeQuantizeCall& call, int64_t begin, int64_t 
   const T* __restrict tx = static_cast<const T*>(call.in);
   Y* __restrict ty = static_cast<Y*>(call.out);
   if (tx) {
-    map_elements<C>(call, begin, end, [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C ts, C tz)
-                                          __attribute__((always_inline)) {
-      ty[i] = store<Y>(grid.tangent(load(tx[i]), ts, tz, load(x[i]), g));
-    });
+    map_elements<C>(
+        call, begin, end,
+        [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C ts, C tz)
+            __attribute__((always_inline)) { ty[i] = store<Y>(grid.tangent(load(tx[i]), ts, tz, load(x[i]), g)); });
   } else {
-    map_elements<C>(call, begin, end, [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C ts, C tz)
-                                          __attribute__((always_inline)) {
-      ty[i] = store<Y>(grid.tangent(C(0), ts, tz, load(x[i]), g));
-    });
+    map_elements<C>(
+        call, begin, end,
+        [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C ts, C tz)
+            __attribute__((always_inline)) { ty[i] = store<Y>(grid.tangent(C(0), ts, tz, load(x[i]), g)); });
   }
 }
 
 // Gradients of up to `block` elements; their shares of the sums go to scale[] and outside[].
 template <bool with_zero, class X, class Y, class C, class Grid, class GroupAt>
 FASTFLAT_HD void backward_block(const X* __restrict x, const Y* __restrict gy, X* __restrict gx, int64_t n,
-                                const Grid& grid, const GroupAt& group_at, C* __restrict scale,
-                                C* __restrict outside) {
+                                const Grid& grid, const GroupAt& group_at, C* __restrict scale, C* __restrict outside) {
   for (int64_t i = 0; i < n; ++i) {
     const auto d = grid.backward(load(gy[i]), load(x[i]), group_at(i));
     gx[i] = store<X>(d.x);

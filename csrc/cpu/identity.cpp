@@ -15,9 +15,8 @@ Tensor identity(const Tensor& x_) {
   const int64_t width = x.element_size();
   const void* from = x.const_data_ptr();
   void* to = y.mutable_data_ptr();
-  torch::stable::parallel_for(0, x.numel(), grain, [&](int64_t begin, int64_t end) {
-    loops().identity.copy(from, to, width, begin, end);
-  });
+  torch::stable::parallel_for(0, x.numel(), grain,
+                              [&](int64_t begin, int64_t end) { loops().identity.copy(from, to, width, begin, end); });
   return y;
 }
 

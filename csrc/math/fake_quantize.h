@@ -118,9 +118,9 @@ struct IntegerGrid {
   }
 
   struct Code {
-    C u;         // x in units of the scale
-    C d;         // q - z
-    Mask in;     // m: the gradient passes
+    C u;      // x in units of the scale
+    C d;      // q - z
+    Mask in;  // m: the gradient passes
   };
 
   FASTFLAT_HD Code code(C x, const QuantGroup<C>& g) const {
@@ -151,9 +151,9 @@ struct IntegerGrid {
   FASTFLAT_HD C forward(C x, const QuantGroup<C>& g) const { return code(x, g).d * g.s; }
 
   struct Gradient {
-    C x;         // dL/dx
-    C scale;     // this element's share of dL/ds
-    C outside;   // this element's share of sum((1 - m) dL/dy); dL/dz = -s times the sum
+    C x;        // dL/dx
+    C scale;    // this element's share of dL/ds
+    C outside;  // this element's share of sum((1 - m) dL/dy); dL/dz = -s times the sum
   };
 
   FASTFLAT_HD Gradient backward(C gy, C x, const QuantGroup<C>& g) const {

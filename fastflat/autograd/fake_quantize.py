@@ -96,9 +96,7 @@ class Gradient(Function):
 
     @staticmethod
     def forward(gy, x, scale, zero_point, plan):
-        return _backward_kernel(gy, plan)(
-            gy, x, scale, zero_point, *plan.grid, plan.factor, plan.trains_scale
-        )
+        return _backward_kernel(gy, plan)(gy, x, scale, zero_point, *plan.grid, plan.factor, plan.trains_scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -142,9 +140,7 @@ class Tangent(Function):
 
     @staticmethod
     def forward(tx, ts, tz, x, scale, zero_point, plan):
-        return plan.kernels.fake_quantize_jvp(
-            tx, ts, tz, x, scale, zero_point, *plan.grid, plan.factor, plan.dtype
-        )
+        return plan.kernels.fake_quantize_jvp(tx, ts, tz, x, scale, zero_point, *plan.grid, plan.factor, plan.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -317,9 +313,7 @@ def _gradient(gy, x, scale, zero_point, plan):
     if torch.is_grad_enabled() or transformed():
         return Gradient.apply(gy, x, scale, zero_point, plan)
     with below_autograd():
-        return _backward_kernel(gy, plan)(
-            gy, x, scale, zero_point, *plan.grid, plan.factor, plan.trains_scale
-        )
+        return _backward_kernel(gy, plan)(gy, x, scale, zero_point, *plan.grid, plan.factor, plan.trains_scale)
 
 
 def _backward_kernel(gy, plan):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU library's sources compile for AArch64, where a cross compiler is installed (Debian: g++-aarch64-linux-gnu)."""
+"""The CPU library compiles for AArch64, where a cross compiler is installed (Debian: g++-aarch64-linux-gnu)."""
 
 import pathlib
 import shutil

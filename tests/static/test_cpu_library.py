@@ -43,10 +43,13 @@ pytestmark = [
 ]
 
 
+def output_of(*command: str) -> str:
+    return subprocess.run([*command, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+
+
 @pytest.fixture(scope="module")
 def symbols() -> list[str]:
-    command = ["nm", "-C", "--defined-only", str(LIBRARY)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return output_of("nm", "-C", "--defined-only").splitlines()
 
 
 def test_instantiations_are_few(symbols):
@@ -67,13 +70,12 @@ def test_library_stays_small():
 @pytest.mark.parametrize("function", ["fake_quantize_forward<float, float>", "backward_run<false, float, float>"])
 def test_loops_are_vectorised(isa, function):
     name = f"fastflat::cpu::{isa}::(anonymous namespace)::{function}"
-    text = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", str(LIBRARY)], capture_output=True, text=True, check=True)
-    body = re.search(rf"^[0-9a-f]+ <(?:void )?{re.escape(name)}.*?(?=^$)", text.stdout, re.MULTILINE | re.DOTALL)
+    text = output_of("objdump", "-dC", "--no-show-raw-insn")
+    body = re.search(rf"^[0-9a-f]+ <(?:void )?{re.escape(name)}.*?(?=^$)", text, re.MULTILINE | re.DOTALL)
     assert body, f"no symbol {name}"
     assert re.search(PACKED_DIVISION[isa], body[0])
 
 
 def test_no_fused_multiply_add_in_maps():
     """One rounding instead of two would change bits."""
-    text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(LIBRARY)], capture_output=True, text=True, check=True)
-    assert not re.search(r"\bvf(n?m)(add|sub)\d", text.stdout)
+    assert not re.search(r"\bvf(n?m)(add|sub)\d", output_of("objdump", "-d", "--no-show-raw-insn"))

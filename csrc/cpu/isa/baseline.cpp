@@ -13,4 +13,3 @@
 namespace fastflat::cpu {
 const Loops loops_baseline = {"baseline", baseline::identity_loops, baseline::fake_quantize_loops};
 }
-

@@ -29,6 +29,4 @@ const Loops& loops() {
 }  // namespace fastflat::cpu
 
 // Read by fastflat._load: which set this process uses.
-extern "C" __attribute__((visibility("default"))) const char* fastflat_cpu_isa() {
-  return fastflat::cpu::loops().name;
-}
+extern "C" __attribute__((visibility("default"))) const char* fastflat_cpu_isa() { return fastflat::cpu::loops().name; }
