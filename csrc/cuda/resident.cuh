@@ -14,10 +14,11 @@
 
 namespace fastflat::cuda {
 
-inline constexpr int kResidentBlock = 1024;
-// Packs a thread holds: 16 registers of data, as much as 1024 threads of 64 registers have room for.
+inline constexpr int kResidentBlock = 512;
+// Packs a thread holds: 32 registers of data, with room among the 128 that 512 threads may have. (1024 threads of 64
+// registers hold as much, but spill in fp16 on sm_80.)
 template <class X, int N>
-inline constexpr int resident_packs = 64 / static_cast<int>(N * sizeof(X));
+inline constexpr int resident_packs = 128 / static_cast<int>(N * sizeof(X));
 
 // Threads of the team that holds a run of `inner` elements in registers; 0 if none can.
 template <class X, int N>

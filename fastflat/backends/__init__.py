@@ -124,3 +124,4 @@ def _register_fallbacks() -> None:
 
 
 _register_fallbacks()
+_load.status()  # torch.ops.fastflat must mean the compiled kernels from the first call on
