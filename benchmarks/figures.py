@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import report
+from . import machine, report
 
 START, END = "<!-- quantize: drawn from", "<!-- quantize: end -->"
 #: Peers in the order and with the words of the table.
@@ -43,7 +43,7 @@ def markdown(result: dict[str, Any]) -> str:
             seconds = by_peer.get(peer, {}).get("seconds")
             cells.append("-" if seconds is None else f"{seconds / ours:.2f} x")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([f"Machine: {machine.line(result['machine'])}.", "", *lines])
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

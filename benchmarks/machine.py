@@ -21,7 +21,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "isa": instruction_set(),
+        "isa": _load.cpu_isa() or "none",
         "torch_isa": torch.backends.cpu.get_cpu_capability().lower(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -56,15 +56,6 @@ def busy(facts: dict[str, Any]) -> str | None:
     if load is None or load < 0.75:
         return None
     return f"busy machine: load {load} on {cores} cores when it began; repeat these figures on an idle one"
-
-
-def instruction_set() -> str:
-    """The set for which the CPU library runs its loops: the rule of csrc/cpu/isa/select.cpp on /proc/cpuinfo."""
-    flags = set(_cpuinfo("flags").split())
-    cap = os.environ.get("FASTFLAT_CPU_ISA", "avx512")
-    if cap == "avx512" and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
-        return "avx512"
-    return "avx2" if cap in ("avx512", "avx2") and "avx2" in flags else "baseline"
 
 
 def slug(facts: dict[str, Any]) -> str:
