@@ -49,7 +49,11 @@ def test_libtorch_is_needed_and_no_folder_is_stored(library):
     assert "RUNPATH" not in dynamic
 
 
+#: What fastflat._load asks the CPU library for; everything else is an operator, found through torch's registry.
+QUERIES = {"fastflat_cpu_isa"}
+
+
 def test_only_operators_come_out_of_it(library):
     lines = output("nm", "-D", "--defined-only", str(library)).splitlines()
     functions = [line.split()[-1] for line in lines if line.split()[-2] == "T"]
-    assert not [name for name in functions if not name.startswith(("_init", "_fini"))]
+    assert {name for name in functions if not name.startswith(("_init", "_fini"))} <= QUERIES
