@@ -14,3 +14,14 @@ def compiled():
         pytest.skip(reason)
     with backend("cpu"):
         yield
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def on_backend(request):
+    """The test on the compiled CPU backend and on the reference."""
+    if request.param == "cpu":
+        request.getfixturevalue("compiled")
+        yield
+    else:
+        with backend("reference"):
+            yield

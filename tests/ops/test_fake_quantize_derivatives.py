@@ -29,14 +29,7 @@ REVERSE = [
 every_spec = pytest.mark.parametrize("spec", REVERSE, ids=lambda s: f"{s.axis}-{s.group}-{s.zero}-{s.mask}")
 
 
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
-def on_backend(request):
-    if request.param == "cpu":
-        request.getfixturevalue("compiled")
-        yield
-    else:
-        with ff.backend("reference"):
-            yield
+pytestmark = pytest.mark.usefixtures("on_backend")
 
 
 def example(spec, seed=0, dtype=torch.float64, shape=(3, 4, 6)):

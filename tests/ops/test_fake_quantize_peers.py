@@ -15,15 +15,7 @@ import fastflat as ff
 from . import comparison as common
 
 
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
-def on_backend(request):
-    if request.param == "cpu":
-        request.getfixturevalue("compiled")
-        yield
-    else:
-        with ff.backend("reference"):
-            yield
-
+pytestmark = pytest.mark.usefixtures("on_backend")
 
 SCALES = [0.1, 0.037, 1 / 3, 2.0, 1e-3, 1e4]
 
