@@ -14,7 +14,6 @@ import fastflat as ff
 
 from . import comparison as common
 
-
 pytestmark = pytest.mark.usefixtures("on_backend")
 
 SCALES = [0.1, 0.037, 1 / 3, 2.0, 1e-3, 1e4]
