@@ -216,7 +216,7 @@ class AbsmaxValue(Function):
 
 
 class PlainValue(Function):
-    """y for eager reverse mode and torch.compile: the same rule with the least overhead."""
+    """y for eager reverse mode: the same rule with the least overhead."""
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, plan):
@@ -232,7 +232,7 @@ class PlainValue(Function):
 
 
 class PlainAbsmax(Function):
-    """(y, scale) for eager reverse mode and torch.compile."""
+    """(y, scale) for eager reverse mode."""
 
     @staticmethod
     def forward(ctx, x, plan):

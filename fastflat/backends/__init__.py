@@ -77,9 +77,8 @@ def forced_backend() -> str | None:
 
 def choose(op: str, device: str) -> tuple[str, str]:
     """The backend that computes `op` on tensors of `device`, and the reason in words."""
-    _ops.OPS[op]
-    name, reason = _choose(device, _forced)
-    return name, reason
+    _ops.OPS[op]  # an op that is not in the table is a KeyError; all that are share one choice
+    return _choose(device, _forced)
 
 
 def kernels(device: str) -> SimpleNamespace:
