@@ -8,6 +8,7 @@ Objects lie under ``build/objects``, whatever command asked for them: an editabl
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -42,9 +43,16 @@ class Step(NamedTuple):
 
 def sources(root: Path, name: str) -> list[str]:
     """The sources of the library `name`, relative to `root`, in an order that depends on their names only."""
-    patterns = {"cpu": ("cpu/*.cpp", "cpu/isa/*.cpp"), "cuda": ("cuda/*.cpp", "cuda/*.cu")}[name]
+    patterns = {"cpu": ("cpu/*.cpp",), "cuda": ("cuda/*.cpp", "cuda/*.cu")}[name]
     csrc = root / "csrc"
     return sorted(path.relative_to(root).as_posix() for pattern in patterns for path in csrc.glob(pattern))
+
+
+def instruction_sets(source: str, machine: str) -> tuple[str, ...]:
+    """The sets of csrc/cpu/isa.h that a source is compiled for, once each; ``("",)`` for a source without loops."""
+    if not source.endswith("_loops.cpp"):
+        return ("",)
+    return ("baseline", "avx2", "avx512") if machine in ("x86_64", "AMD64") else ("baseline",)
 
 
 def jobs(env: Mapping[str, str], cores: int, memory: int) -> int:
@@ -60,7 +68,11 @@ def jobs(env: Mapping[str, str], cores: int, memory: int) -> int:
 def build(root: Path, name: str, tools: Tools, arches: tuple[str, ...], env: Mapping[str, str]) -> Path:
     """Brings the library `name` up to date and returns its path under ``build/objects``. Raises CompileError."""
     folder = root / "build" / "objects" / name
-    compiles = [_compile(root, folder, source, tools, arches) for source in sources(root, name)]
+    compiles = [
+        _compile(root, folder, source, isa, tools, arches)
+        for source in sources(root, name)
+        for isa in instruction_sets(source, platform.machine())
+    ]
     if not compiles:
         raise CompileError(f"no sources for the {name} library under csrc/{name}")
     cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -79,7 +91,7 @@ def build(root: Path, name: str, tools: Tools, arches: tuple[str, ...], env: Map
     return link.output
 
 
-def _compile(root: Path, folder: Path, source: str, tools: Tools, arches: tuple[str, ...]) -> Step:
+def _compile(root: Path, folder: Path, source: str, isa: str, tools: Tools, arches: tuple[str, ...]) -> Step:
     at = (tools.torch, str(root))
     if source.endswith(".cu"):
         command = [*tools.nvcc, *flags.nvcc(arches, *at)]
@@ -87,9 +99,11 @@ def _compile(root: Path, folder: Path, source: str, tools: Tools, arches: tuple[
         command = [*tools.nvcc, *flags.cuda_cxx(*at)]
     else:
         command = [*tools.cxx, *flags.cxx(*at)]
-    output = folder / (source + ".o")
+    if isa:
+        command.append(f"-DFASTFLAT_ISA_{isa.upper()}")
+    output = folder / f"{source}{isa and '.'}{isa}.o"
     command += ["-MF", f"{output}.d", "-c", source, "-o", str(output)]
-    return Step(f"compiling {source}", output, command, [source])
+    return Step(f"compiling {source}{isa and ' for '}{isa}", output, command, [source])
 
 
 def _link(root: Path, folder: Path, name: str, objects: list[Path], tools: Tools) -> Step:

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Glue of the fake_quantize family: layouts, allocation, threads. The loops are in fake_quantize_loops.h.
+// Glue of the fake_quantize family: layouts, allocation, threads. The loops are in fake_quantize_loops.cpp.
 #include "cpu/fake_quantize.h"
 
 #include "core/checks.h"
 #include "core/storage.h"
 #include "core/tensor.h"
-#include "cpu/isa.h"
 #include "math/fake_quantize.h"
 
 namespace fastflat::cpu {
@@ -17,8 +16,6 @@ constexpr int64_t grain = 32768;
 constexpr int64_t task_size = 65536;
 constexpr int64_t most_tasks = 256;
 constexpr int64_t most_sums = int64_t{1} << 20;
-
-const FakeQuantizeLoops& family() { return loops().fake_quantize; }
 
 const void* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
@@ -106,7 +103,7 @@ Tensor fake_quantize(const Tensor& x_, const Tensor& scale, const std::optional<
   const Pair pair = pair_of(op, x.scalar_type(), result);
   Tensor y = empty_like(x, result, group > 0);
   call.out = y.mutable_data_ptr();
-  map(family().forward[pair], call);
+  map(fake_quantize_loops().forward[pair], call);
   return y;
 }
 
@@ -143,11 +140,12 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_bwd(const Tensor& gy_, const Te
   Tensor gs = empty_dense(scale, need_scale ? all : none, scale.scalar_type());
   Tensor gz = empty_dense(scale, need_zero ? all : none, scale.scalar_type());
   if (!need_scale) {
-    map(family().backward[pair], call);
+    map(fake_quantize_loops().backward[pair], call);
     return {gx, gs, gz};
   }
   std::vector<double> sums(2 * call.geometry.channels, 0.0);
-  reduce(family().backward_channels[pair], family().backward_range[pair], call, 2, sums.data(), std::plus<double>());
+  reduce(fake_quantize_loops().backward_channels[pair], fake_quantize_loops().backward_range[pair], call, 2,
+         sums.data(), std::plus<double>());
   void* to_zero = need_zero ? gz.mutable_data_ptr() : nullptr;
   if (compute_type(x.scalar_type()) == ScalarType::Double) {
     finish<double>(call, sums, gs.mutable_data_ptr(), to_zero);
@@ -191,7 +189,7 @@ Tensor fake_quantize_jvp(const std::optional<Tensor>& tx_, const std::optional<T
   call.tz = data(tz);
   Tensor ty = empty_like(x, result, group > 0);
   call.out = ty.mutable_data_ptr();
-  map(of_result ? family().tangent_of_result[pair] : family().tangent[pair], call);
+  map(of_result ? fake_quantize_loops().tangent_of_result[pair] : fake_quantize_loops().tangent[pair], call);
   return ty;
 }
 
@@ -217,8 +215,8 @@ std::tuple<Tensor, Tensor> fake_quantize_absmax(const Tensor& x_, int64_t qmin, 
   Tensor scale = empty_dense(x, scale_sizes(x, axis, group), compute);
   const Geometry& g = call.geometry;
   std::vector<double> absmax(g.channels, 0.0);
-  reduce(family().absmax_channels[storage], family().absmax_range[storage], call, 1, absmax.data(),
-         [](double a, double b) { return larger_magnitude(a, b); });
+  reduce(fake_quantize_loops().absmax_channels[storage], fake_quantize_loops().absmax_range[storage], call, 1,
+         absmax.data(), [](double a, double b) { return larger_magnitude(a, b); });
   if (compute == ScalarType::Double) {
     store_scales<double>(absmax, qmax, scale.mutable_data_ptr());
   } else {
@@ -226,7 +224,7 @@ std::tuple<Tensor, Tensor> fake_quantize_absmax(const Tensor& x_, int64_t qmin, 
   }
   call.scale = scale.const_data_ptr();
   call.out = y.mutable_data_ptr();
-  map(family().forward[pair], call);
+  map(fake_quantize_loops().forward[pair], call);
   return {y, scale};
 }
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the glue (fake_quantize.cpp) and the loops (fake_quantize_loops.h) agree on.
+// What the glue (fake_quantize.cpp) and the loops (fake_quantize_loops.cpp) agree on.
 #pragma once
 
 #include <cstdint>
 
 #include "core/geometry.h"
+#include "cpu/isa.h"
 
 namespace fastflat::cpu {
 
@@ -45,5 +46,7 @@ struct FakeQuantizeLoops {
 
 // Runs of equal scale shorter than this are walked with one scale an element.
 inline constexpr int64_t short_run = 64;
+
+FASTFLAT_LOOPS(FakeQuantizeLoops, fake_quantize_loops)
 
 }  // namespace fastflat::cpu

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/storage.h"
+#include "cpu/identity.h"
+
 #include "core/tensor.h"
-#include "cpu/isa.h"
 
 namespace fastflat::cpu {
 namespace {
@@ -16,7 +16,7 @@ Tensor identity(const Tensor& x_) {
   const void* from = x.const_data_ptr();
   void* to = y.mutable_data_ptr();
   torch::stable::parallel_for(0, x.numel(), grain,
-                              [&](int64_t begin, int64_t end) { loops().identity.copy(from, to, width, begin, end); });
+                              [&](int64_t begin, int64_t end) { identity_loops().copy(from, to, width, begin, end); });
   return y;
 }
 

@@ -5,6 +5,13 @@
 // The order of every sum depends on shape and type alone: 64 virtual lanes whatever the vector width, lanes folded in
 // halves, runs of at most `flush` elements added up in double.
 
+// Rows of a family's table, in the order of Pair and Storage (core/pairs.h).
+#define FASTFLAT_PAIRS(f)                                                                             \
+  {FASTFLAT_ISA::f<float, float>,   FASTFLAT_ISA::f<BFloat16, BFloat16>, FASTFLAT_ISA::f<Half, Half>, \
+   FASTFLAT_ISA::f<double, double>, FASTFLAT_ISA::f<float, BFloat16>,    FASTFLAT_ISA::f<float, Half>}
+#define FASTFLAT_STORAGES(f) \
+  {FASTFLAT_ISA::f<float>, FASTFLAT_ISA::f<BFloat16>, FASTFLAT_ISA::f<Half>, FASTFLAT_ISA::f<double>}
+
 constexpr int lanes = 64;
 constexpr int64_t flush = 16384;
 constexpr int64_t block = 512;  // elements walked at once with one scale each

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launchers of the fake_quantize family. Tensors are dense, in storage order, aligned to 16 bytes; formulas and
-// conventions: csrc/math/fake_quantize.h and fastflat/_ops.py. The pair names the storage of x and of the result y.
+// conventions: csrc/math/fake_quantize.h and fastflat/_ops. The pair names the storage of x and of the result y.
 // Every launcher returns a cudaError_t and does nothing for an empty tensor but write the sums.
 #pragma once
 

@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 
 from fastflat import _ops
-from fastflat._spec import TINY
+from fastflat.audit import _calls
 
 #: What a kernel may move beyond the least: partial sums and ragged ends.
 SLACK = 1.05
@@ -62,22 +62,9 @@ def cases(places: dict = PLACES) -> Iterator[tuple[str, str, tuple, float, torch
     for type_name, dtype in _TYPES.items():
         for place, (shape, axis, group) in places.items():
             x = torch.randn(shape).to(dtype)
-            scale = torch.full(_ops.scale_shape(x.shape, axis, group), 0.3)
-            args = (x, scale, None, -8, 7, axis, group, TINY, 0)
-            calls = {
-                "fake_quantize": args,
-                "fake_quantize_bwd": (x, *args, 1.0, True),
-                "fake_quantize_jvp": (x, scale, None, *args, 1.0),
-                "fake_quantize_absmax": (x, -8, 7, axis, group, TINY, 0),
-            }
-            if place == "tensor":
-                calls["identity"] = (x,)
-            for op, arguments in calls.items():
-                streams = {"fake_quantize_bwd": 3, "fake_quantize_jvp": 3}.get(op, 2)
-                # Where scales span more than one program's data, the dynamic form must read twice.
-                if op == "fake_quantize_absmax" and place in ("tensor", "images", "columns"):
-                    streams = 3
-                yield f"{op} {type_name} {place}", op, arguments, float(streams * x.element_size()), x
+            for op in _ops.OPS.values():
+                for arguments, streams in _calls.of(op).measured(op.name, place, x, axis, group):
+                    yield f"{op.name} {type_name} {place}", op.name, arguments, float(streams * x.element_size()), x
 
 
 def emulated(root: Path) -> list[Traffic]:

@@ -21,8 +21,7 @@ from unittest import mock
 import torch
 
 from fastflat import _ops
-from fastflat._spec import QuantSpec
-from fastflat.audit import _machine, _ptx
+from fastflat.audit import _calls, _machine, _ptx
 from fastflat.audit._facts import Facts, streams
 
 THREADS = 32
@@ -132,7 +131,7 @@ def launches() -> list[Launch]:
                 if place not in _FEW.get(dtype, PLACES):
                     continue
                 with recorded(found, op.family, aligned):
-                    for arguments in _arguments(op.name, place, shape, axis, group, dtype):
+                    for arguments in _calls.of(op).compiled(op.name, place, shape, axis, group, dtype):
                         getattr(module, op.name)(*arguments)
     _complete(found)
     # An odd place may meet a specialisation that an aligned one also has: the stricter one counts.
@@ -140,34 +139,6 @@ def launches() -> list[Launch]:
     for launch in sorted(found, key=lambda launch: launch.aligned):
         unique[launch.name] = launch
     return [unique[name] for name in sorted(unique)]
-
-
-def _arguments(op: str, place: str, shape, axis: int, group: int, dtype: torch.dtype) -> Iterator[tuple]:
-    """Calls of an op on one place: few enough to compile in CI, enough to meet every kernel."""
-    x = torch.empty(shape, dtype=dtype)
-    scale = torch.empty(_ops.scale_shape(x.shape, axis, group), dtype=_ops.compute_dtype(dtype))
-    if op == "identity":
-        if place == "tensor":
-            yield (x,)
-        return
-    if op == "fake_quantize_absmax":
-        yield x, -8, 7, axis, group, 1e-9, 0
-        return
-    # The heaviest form for every type, the lightest for fp32 alone: they differ by a few instructions.
-    forms = [(QuantSpec.torch(4), scale)] + ([(QuantSpec.lsq(4), None)] if dtype == torch.float32 else [])
-    for spec, zero in forms:
-        common = (x, scale, zero, spec.qmin, spec.qmax, axis, group, spec.eps, spec.rules)
-        if op == "fake_quantize":
-            yield common
-        elif op == "fake_quantize_bwd":
-            yield (x, *common, 0.5, True)
-            if place in ("tensor", "columns"):
-                yield (x, *common, 0.5, False)
-        elif op == "fake_quantize_jvp":
-            if place in ("tensor", "columns"):
-                yield (x, scale, zero, *common, 0.5)
-        else:
-            raise RuntimeError(f"fastflat audit: no Triton launches are known for {op}; add them to {__name__}")
 
 
 def _complete(found: dict[Launch, None]) -> None:

@@ -29,6 +29,7 @@ SOURCES = {
     "fastflat_emulator": [
         HERE / "module.cpp",
         HERE / "probes.cu",
+        *sorted(HERE.glob("bind_*.cpp")),
         *sorted((CSRC / "cuda").glob("*.cu")),
     ],
     "fastflat_glue": [

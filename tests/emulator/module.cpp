@@ -1,25 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Python face of the emulated kernels: the launchers of csrc/cuda over plain addresses. Test code, never in a wheel.
-#include <pybind11/pybind11.h>
-
-#include "cuda/fake_quantize.h"
-#include "cuda/identity.h"
+#include "bind.h"
 #include "cuda/reduce_plan.h"
 #include "cuda_emulator.h"
 #include "probes.h"
 
-namespace py = pybind11;
-using namespace fastflat;
 using namespace fastflat::cuda;
 
-namespace {
-
-using Address = uintptr_t;
-
-template <class T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+std::vector<Binder>& binders() {
+  static std::vector<Binder> all;
+  return all;
 }
+
+namespace {
 
 py::dict take_counts() {
   auto& c = emulator::control;
@@ -50,11 +43,6 @@ PYBIND11_MODULE(fastflat_emulator, m) {
       .def_readonly("outer", &Geometry::outer)
       .def_readonly("channels", &Geometry::channels)
       .def_readonly("inner", &Geometry::inner);
-  py::class_<Quantizer>(m, "Quantizer")
-      .def(
-          py::init([](Address scale, Address zero_point, int64_t qmin, int64_t qmax, double eps, double factor,
-                      int64_t rules) { return Quantizer{at(scale), at(zero_point), qmin, qmax, eps, factor, rules}; }));
-
   m.def(
       "set_order", [](uint64_t seed) { emulator::control.seed = seed; },
       "Shuffles blocks and threads from here on; 0 is the natural order.");
@@ -70,30 +58,7 @@ PYBIND11_MODULE(fastflat_emulator, m) {
 #endif
   });
 
-  m.def("identity", [](Address x, Address y, int64_t bytes, Address stream) {
-    return launch_identity(at(x), at(y), bytes, at(stream));
-  });
-  m.def("fake_quantize", [](Pair pair, const Geometry& g, const Quantizer& q, Address x, Address y, Address stream) {
-    return launch_fake_quantize(pair, g, q, at(x), at(y), at(stream));
-  });
-  m.def("fake_quantize_ste",
-        [](Pair pair, const Geometry& g, const Quantizer& q, Address gy, Address x, Address gx, Address stream) {
-          return launch_fake_quantize_ste(pair, g, q, at(gy), at(x), at(gx), at(stream));
-        });
-  m.def("fake_quantize_bwd", [](Pair pair, const Geometry& g, const Quantizer& q, Address gy, Address x, Address gx,
-                                Address gs, Address gz, Address workspace, Address stream) {
-    return launch_fake_quantize_bwd(pair, g, q, at(gy), at(x), at(gx), at(gs), at(gz), at(workspace), at(stream));
-  });
-  m.def("fake_quantize_bwd_workspace", &fake_quantize_bwd_workspace);
-  m.def("fake_quantize_jvp", [](Pair pair, bool of_result, const Geometry& g, const Quantizer& q, Address tx,
-                                Address ts, Address tz, Address x, Address y, Address stream) {
-    return launch_fake_quantize_jvp(pair, of_result, g, q, at(tx), at(ts), at(tz), at(x), at(y), at(stream));
-  });
-  m.def("fake_quantize_absmax", [](Pair pair, const Geometry& g, const Quantizer& q, Address x, Address y,
-                                   Address scale, Address workspace, Address stream) {
-    return launch_fake_quantize_absmax(pair, g, q, at(x), at(y), at(scale), at(workspace), at(stream));
-  });
-  m.def("fake_quantize_absmax_workspace", &fake_quantize_absmax_workspace);
+  for (const auto bind : binders()) bind(m);
 
   m.def("reduce_plan", [](const Geometry& g, int pack) {
     const ReducePlan p = plan_reduce(g, pack);

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import fastflat as ff
 from fastflat._ops import compute_dtype, scale_shape
 from fastflat.backends import reference
+from fastflat.backends.reference import layout
 
 from . import comparison as common
 
@@ -88,8 +89,8 @@ def check_call(x, scale, zero_point, gy, ts, tz, grid, dtype=None):
     common.assert_same_bits(gx, ex)
     # The magnitude of the terms of each sum, from the sum of |gy| |t|: t is at most the width of the grid.
     width = float(grid[1] - grid[0] + 32)
-    terms = reference._sum_to_scale(
-        reference._blocked(gy, grid[3]).abs().to(scale.dtype) * width, x, grid[2], grid[3], scale.dtype
+    terms = layout.sum_to_scale(
+        layout.blocked(gy, grid[3]).abs().to(scale.dtype) * width, x, grid[2], grid[3], scale.dtype
     )
     assert_close_sums(gs, es, terms)
     if zero_point is not None:

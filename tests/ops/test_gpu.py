@@ -13,6 +13,7 @@ import torch
 
 import fastflat as ff
 from fastflat.backends import backend, kernels, reference, unavailable
+from fastflat.backends.reference import layout
 
 from . import comparison as common
 from .test_fake_quantize import DTYPES, EPS, LAYOUTS, arguments, assert_close_sums
@@ -49,8 +50,8 @@ def check_on(device, ops, x, scale, zero_point, gy, ts, tz, grid, dtype=None):
     ex, es, ez = reference.fake_quantize_bwd(gy, x, scale, zero_point, *grid, 0.3, True)
     common.assert_same_bits(gx.cpu(), ex)
     width = float(grid[1] - grid[0] + 32)
-    magnitudes = reference._blocked(gy, grid[3]).abs().to(scale.dtype) * width
-    terms = reference._sum_to_scale(magnitudes, x, grid[2], grid[3], scale.dtype)
+    magnitudes = layout.blocked(gy, grid[3]).abs().to(scale.dtype) * width
+    terms = layout.sum_to_scale(magnitudes, x, grid[2], grid[3], scale.dtype)
     assert_close_sums(gs.cpu(), es, terms)
     if zero_point is not None:
         assert_close_sums(gz.cpu(), ez, terms * scale)

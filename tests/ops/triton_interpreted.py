@@ -17,6 +17,8 @@ import triton.language as tl
 from fastflat import _ops
 from fastflat._spec import RULES, TINY, QuantSpec
 from fastflat.backends import reference
+from fastflat.backends.reference import layout
+from fastflat.backends.reference.fake_quantize import _code, _prepare
 from fastflat.triton_kernels import _common, _integer_grid, _launch, _sums, fake_quantize, identity
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -91,16 +93,16 @@ def check_backward(gy, x, scale, zero, grid, axis, group, factor=0.37):
     want_gx, want_gs, want_gz = reference.fake_quantize_bwd(*args, True)
     same(gx, want_gx)
     # |gy| on all elements, each with its own share, bounds the terms: sum the magnitudes through the reference itself.
-    blocked, g = reference._prepare(x, scale, zero, *grid[:2], axis, group, *grid[2:])
-    u, d, m = reference._code(blocked, g, *grid[:2], grid[3])
-    gy_ = reference._blocked(gy, group).to(blocked.dtype)
+    blocked, g = _prepare(x, scale, zero, *grid[:2], axis, group, *grid[2:])
+    u, d, m = _code(blocked, g, *grid[:2], grid[3])
+    gy_ = layout.blocked(gy, group).to(blocked.dtype)
     share = (gy_ * torch.where(m, d - u, d)).abs()
-    total = reference._sum_to_scale(share, x, axis, group, scale.dtype) * factor
+    total = layout.sum_to_scale(share, x, axis, group, scale.dtype) * factor
     close(gs, want_gs, total)
     if zero is None:
         assert gz.shape == (0,)
     else:
-        outside = reference._sum_to_scale(gy_.abs(), x, axis, group, scale.dtype) * factor
+        outside = layout.sum_to_scale(gy_.abs(), x, axis, group, scale.dtype) * factor
         close(gz, want_gz, outside * scale)
     same(fake_quantize.fake_quantize_bwd(*args, False)[0], want_gx)
 

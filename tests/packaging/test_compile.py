@@ -2,6 +2,7 @@
 """The incremental build, on a tree of two small sources."""
 
 import os
+import platform
 
 import pytest
 
@@ -14,10 +15,10 @@ def tree(tmp_path):
     tools = find.tools(os.environ)
     if not tools.cxx or not tools.torch:
         pytest.skip("needs a C++ compiler and torch's libraries")
-    (tmp_path / "csrc/cpu/isa").mkdir(parents=True)
+    (tmp_path / "csrc/cpu").mkdir(parents=True)
     (tmp_path / "csrc/value.h").write_text("inline int value() { return 1; }\n")
     (tmp_path / "csrc/cpu/b.cpp").write_text('#include "value.h"\nint b() { return value(); }\n')
-    (tmp_path / "csrc/cpu/isa/a.cpp").write_text("int a() { return 2; }\n")
+    (tmp_path / "csrc/cpu/a.cpp").write_text("int a() { return 2; }\n")
     return tmp_path, tools
 
 
@@ -43,7 +44,7 @@ def test_only_what_changed_is_compiled(tree):
     assert build(tree) == []
     (root / "csrc/value.h").write_text("inline int value() { return 3; }\n")
     assert build(tree) == ["b.cpp.o", "libfastflat_cpu.so"]
-    (root / "csrc/cpu/isa/a.cpp").unlink()
+    (root / "csrc/cpu/a.cpp").unlink()
     assert build(tree) == ["libfastflat_cpu.so"]
 
 
@@ -75,6 +76,18 @@ def test_sources_are_sorted(root):
         assert found
         assert found == sorted(found)
         assert all((root / source).is_file() for source in found)
+
+
+def test_loops_are_compiled_once_for_each_instruction_set(tree):
+    root, _ = tree
+    (root / "csrc/cpu/c_loops.cpp").write_text(
+        "#if defined(FASTFLAT_ISA_AVX2)\nint c2() { return 0; }\n#elif defined(FASTFLAT_ISA_AVX512)\n"
+        "int c5() { return 0; }\n#else\nint c0() { return 0; }\n#endif\n"
+    )
+    sets = compiler.instruction_sets("csrc/cpu/c_loops.cpp", platform.machine())
+    assert build(tree) == sorted([*ALL, *(f"c_loops.cpp.{isa}.o" for isa in sets)])
+    assert compiler.instruction_sets("csrc/cpu/c_loops.cpp", "aarch64") == ("baseline",)
+    assert compiler.instruction_sets("csrc/cpu/c.cpp", "x86_64") == ("",)
 
 
 def test_jobs():

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every raw op in plain PyTorch: the oracle of the tests, and what runs where no compiled kernel does.
-
-Step by step the same IEEE operations as ``csrc/math``, so that map ops agree with it bit for bit; sums run in fp64.
-"""
+"""The fake_quantize family in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,10 +10,7 @@ from torch import Tensor
 
 from fastflat._ops import compute_dtype, scale_shape
 from fastflat._spec import RULES
-
-
-def identity(x: Tensor) -> Tensor:
-    return x.clone()
+from fastflat.backends.reference.layout import blocked, broadcast, finish, sum_to_scale
 
 
 @dataclasses.dataclass
@@ -28,17 +22,6 @@ class _Group:
     z_in: Tensor | float
     z_out: Tensor | float
     z: Tensor | float
-
-
-def _blocked(x: Tensor, group: int) -> Tensor:
-    return x.unflatten(-1, (x.shape[-1] // group, group)) if group else x
-
-
-def _broadcast(p: Tensor, x: Tensor, axis: int, group: int) -> Tensor:
-    """A per-scale tensor in the shape that multiplies the blocked x."""
-    if group:
-        return p.unsqueeze(-1)
-    return p if axis < 0 else p.view([-1 if d == axis else 1 for d in range(x.dim())])
 
 
 def _group(scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, eps: float, rules: int) -> _Group:
@@ -74,28 +57,12 @@ def _code(x: Tensor, g: _Group, qmin: int, qmax: int, rules: int) -> tuple[Tenso
 
 
 def _prepare(x, scale, zero_point, qmin, qmax, axis, group, eps, rules):
-    blocked = _blocked(x, group).to(compute_dtype(x.dtype))
+    data = blocked(x, group).to(compute_dtype(x.dtype))
     g = _group(scale, zero_point, qmin, qmax, eps, rules)
     g = _Group(
-        *(_broadcast(p, x, axis, group) if isinstance(p, Tensor) else p for p in (g.s, g.inv, g.z_in, g.z_out, g.z))
+        *(broadcast(p, x, axis, group) if isinstance(p, Tensor) else p for p in (g.s, g.inv, g.z_in, g.z_out, g.z))
     )
-    return blocked, g
-
-
-def _finish(y: Tensor, x: Tensor, group: int, dtype: torch.dtype | None) -> Tensor:
-    """y in the shape, strides and storage type that the op promises."""
-    layout = torch.contiguous_format if group else torch.preserve_format
-    return torch.empty_like(x, dtype=dtype, memory_format=layout).copy_(y.reshape(x.shape))
-
-
-def _sum_to_scale(t: Tensor, x: Tensor, axis: int, group: int, dtype: torch.dtype) -> Tensor:
-    """Sum of t over the elements of each scale, in fp64, rounded once to dtype."""
-    t = t.double()
-    if group:
-        return t.sum(-1).to(dtype)
-    if axis < 0:
-        return t.sum().to(dtype)
-    return t.sum([d for d in range(x.dim()) if d != axis]).to(dtype) if x.dim() > 1 else t.to(dtype)
+    return data, g
 
 
 def fake_quantize(
@@ -110,9 +77,9 @@ def fake_quantize(
     rules: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    blocked, g = _prepare(x, scale, zero_point, qmin, qmax, axis, group, eps, rules)
-    _, d, _ = _code(blocked, g, qmin, qmax, rules)
-    return _finish(d * g.s, x, group, dtype)
+    data, g = _prepare(x, scale, zero_point, qmin, qmax, axis, group, eps, rules)
+    _, d, _ = _code(data, g, qmin, qmax, rules)
+    return finish(d * g.s, x, group, dtype)
 
 
 def fake_quantize_bwd(
@@ -129,18 +96,18 @@ def fake_quantize_bwd(
     factor: float,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    blocked, g = _prepare(x, scale, zero_point, qmin, qmax, axis, group, eps, rules)
-    u, d, m = _code(blocked, g, qmin, qmax, rules)
-    gy = _blocked(gy, group).to(blocked.dtype)
-    nothing = torch.zeros((), dtype=blocked.dtype, device=x.device)
-    gx = _finish(torch.where(m, gy, nothing), x, group, None)
+    data, g = _prepare(x, scale, zero_point, qmin, qmax, axis, group, eps, rules)
+    u, d, m = _code(data, g, qmin, qmax, rules)
+    gy = blocked(gy, group).to(data.dtype)
+    nothing = torch.zeros((), dtype=data.dtype, device=x.device)
+    gx = finish(torch.where(m, gy, nothing), x, group, None)
     empty = scale.new_empty(0)
     if not need_scale:
         return gx, empty, scale.new_empty(0)
-    gs = _sum_to_scale(gy * torch.where(m, d - u, d), x, axis, group, scale.dtype) * factor
+    gs = sum_to_scale(gy * torch.where(m, d - u, d), x, axis, group, scale.dtype) * factor
     if zero_point is None:
         return gx, gs, empty
-    outside = _sum_to_scale(torch.where(m, nothing, gy), x, axis, group, scale.dtype)
+    outside = sum_to_scale(torch.where(m, nothing, gy), x, axis, group, scale.dtype)
     s = torch.where(scale < eps, torch.full_like(scale, eps), scale)
     return gx, gs, -(s * (outside * factor))
 
@@ -161,16 +128,16 @@ def fake_quantize_jvp(
     factor: float,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    blocked, g = _prepare(x, scale, zero_point, qmin, qmax, axis, group, eps, rules)
-    u, d, m = _code(blocked, g, qmin, qmax, rules)
-    zero = torch.zeros((), dtype=blocked.dtype, device=x.device)
-    tx = zero if tx is None else _blocked(tx, group).to(blocked.dtype)
-    ts = zero if ts is None else _broadcast(ts, x, axis, group)
-    tz = zero if tz is None else _broadcast(tz, x, axis, group)
+    data, g = _prepare(x, scale, zero_point, qmin, qmax, axis, group, eps, rules)
+    u, d, m = _code(data, g, qmin, qmax, rules)
+    zero = torch.zeros((), dtype=data.dtype, device=x.device)
+    tx = zero if tx is None else blocked(tx, group).to(data.dtype)
+    ts = zero if ts is None else broadcast(ts, x, axis, group)
+    tz = zero if tz is None else broadcast(tz, x, axis, group)
     through = torch.where(m, tx, zero)
     by_scale = torch.where(m, d - u, d) * (ts * factor)
     by_zero = torch.where(m, zero, g.s * (tz * factor))
-    return _finish((through + by_scale) - by_zero, x, group, dtype)
+    return finish((through + by_scale) - by_zero, x, group, dtype)
 
 
 def fake_quantize_absmax(
@@ -183,7 +150,7 @@ def fake_quantize_absmax(
     rules: int,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    magnitude = _blocked(x, group).to(compute_dtype(x.dtype)).abs()
+    magnitude = blocked(x, group).to(compute_dtype(x.dtype)).abs()
     shape = scale_shape(x.shape, axis, group)
     if x.numel() == 0:
         absmax = magnitude.new_zeros(shape)

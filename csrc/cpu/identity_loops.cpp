@@ -1,5 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Included once per instruction set, inside its namespace.
+// The loop of the template op. Compiled once for each instruction set (cpu/isa.h).
+#include <cstdint>
+
+#include "cpu/identity.h"
+
+#include "cpu/isa_begin.h"
+#include "math/identity.h"
+
+namespace fastflat::cpu {
+namespace FASTFLAT_ISA {
+namespace {
 
 template <class Unit>
 void identity_copy(const void* x_, void* y_, int64_t begin, int64_t end) {
@@ -16,4 +26,11 @@ void identity_units(const void* x, void* y, int64_t width, int64_t begin, int64_
   identity_copy<uint8_t>(x, y, begin * width, end * width);
 }
 
-const IdentityLoops identity_loops = {identity_units};
+}  // namespace
+}  // namespace FASTFLAT_ISA
+
+const IdentityLoops FASTFLAT_TABLE(identity_loops) = {FASTFLAT_ISA::identity_units};
+
+}  // namespace fastflat::cpu
+
+#include "cpu/isa_end.h"

@@ -1,5 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Included once per instruction set, inside its namespace.
+// The loops of the fake_quantize family. Compiled once for each instruction set (cpu/isa.h).
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/fake_quantize.h"
+
+#include "cpu/isa_begin.h"
+#include "math/convert.h"
+#include "math/fake_quantize.h"
+
+namespace fastflat::cpu {
+namespace FASTFLAT_ISA {
+namespace {
+
+#include "cpu/loops.h"
 
 // Per-channel parameters of a call in the compute type.
 template <class C>
@@ -294,17 +310,15 @@ void fake_quantize_absmax_channels(const FakeQuantizeCall& call, int64_t begin, 
   fake_quantize_absmax_range<X>(call, begin * call.geometry.inner, end * call.geometry.inner, absmax);
 }
 
-// In the order of Pair and Storage (core/storage.h).
-#define FASTFLAT_PAIRS(f) \
-  {f<float, float>, f<BFloat16, BFloat16>, f<Half, Half>, f<double, double>, f<float, BFloat16>, f<float, Half>}
-#define FASTFLAT_STORAGES(f) {f<float>, f<BFloat16>, f<Half>, f<double>}
-
 template <class X, class Y>
 constexpr auto tangent_of_data = fake_quantize_tangent<X, X, Y>;
 template <class X, class Y>
 constexpr auto tangent_of_result = fake_quantize_tangent<X, Y, Y>;
 
-const FakeQuantizeLoops fake_quantize_loops = {
+}  // namespace
+}  // namespace FASTFLAT_ISA
+
+const FakeQuantizeLoops FASTFLAT_TABLE(fake_quantize_loops) = {
     FASTFLAT_PAIRS(fake_quantize_forward),
     FASTFLAT_PAIRS(fake_quantize_backward),
     FASTFLAT_PAIRS(fake_quantize_backward_channels),
@@ -315,5 +329,6 @@ const FakeQuantizeLoops fake_quantize_loops = {
     FASTFLAT_STORAGES(fake_quantize_absmax_range),
 };
 
-#undef FASTFLAT_PAIRS
-#undef FASTFLAT_STORAGES
+}  // namespace fastflat::cpu
+
+#include "cpu/isa_end.h"

@@ -6,7 +6,7 @@
 
 namespace fastflat::cpu {
 
-static const Loops& choose() {
+static Isa choose() {
 #if defined(__x86_64__) && defined(__GNUC__)
   const char* cap = std::getenv("FASTFLAT_CPU_ISA");
   const bool below512 = cap && std::strcmp(cap, "avx512") != 0;
@@ -14,19 +14,22 @@ static const Loops& choose() {
   __builtin_cpu_init();
   if (!below512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return loops_avx512;
+    return Isa::avx512;
   }
-  if (!below256 && __builtin_cpu_supports("avx2")) return loops_avx2;
+  if (!below256 && __builtin_cpu_supports("avx2")) return Isa::avx2;
 #endif
-  return loops_baseline;
+  return Isa::baseline;
 }
 
-const Loops& loops() {
-  static const Loops& chosen = choose();
+Isa isa() {
+  static const Isa chosen = choose();
   return chosen;
 }
 
 }  // namespace fastflat::cpu
 
 // Read by fastflat._load: which set this process uses.
-extern "C" __attribute__((visibility("default"))) const char* fastflat_cpu_isa() { return fastflat::cpu::loops().name; }
+extern "C" __attribute__((visibility("default"))) const char* fastflat_cpu_isa() {
+  constexpr const char* names[] = {"baseline", "avx2", "avx512"};
+  return names[static_cast<int>(fastflat::cpu::isa())];
+}

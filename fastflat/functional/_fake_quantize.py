@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users call: checked, differentiable, on the backend in force."""
+"""Fake-quantization as users call it."""
 
 from __future__ import annotations
 

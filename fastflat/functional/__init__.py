@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users call: checked, differentiable, on the backend in force. One module an op family."""
+
+from fastflat.functional._fake_quantize import fake_quantize, fake_quantize_dynamic
+
+__all__ = ["fake_quantize", "fake_quantize_dynamic"]
