@@ -4,9 +4,9 @@
 //   uniform   element i takes 16 bits k of block i >> 3: with j = i & 7 word j >> 1, its low half where j is even.
 //             u = (k + 1/2) / 2^16, in (0, 1); centred xi = u - 1/2, in (-1/2, 1/2): both exact, mean of all k exact.
 //   normal    N(0, 1/12), the variance of the centred uniform draw. Block i >> 2 gives two pairs by the rule of Box and
-//             Muller: words 0 and 1 elements 0 and 1, words 2 and 3 elements 2 and 3, the cosine the even one. The first
-//             word's high 23 bits are the radius, sqrt(-log(u) / 6) with u = (k + 1/2) / 2^23: at most 5.77 standard
-//             deviations. Of the second word 2 bits are the quadrant and the next 23 the angle in it.
+//             Muller: words 0 and 1 elements 0 and 1, words 2 and 3 elements 2 and 3, the cosine the even one. The
+//             first word's high 23 bits are the radius, sqrt(-log(u) / 6) with u = (k + 1/2) / 2^23: at most 5.77
+//             standard deviations. Of the second word 2 bits are the quadrant and the next 23 the angle in it.
 #pragma once
 
 #include <cmath>

@@ -29,20 +29,19 @@ struct PhiloxWords {
   uint32_t w0, w1, w2, w3;
 };
 
-// One round without the key's step.
-FASTFLAT_HD PhiloxWords philox_round(PhiloxWords c, uint32_t key0, uint32_t key1) {
-  const uint64_t p0 = uint64_t{0xd2511f53u} * c.w0, p1 = uint64_t{0xcd9e8d57u} * c.w2;
-  return {static_cast<uint32_t>(p1 >> 32) ^ c.w1 ^ key0, static_cast<uint32_t>(p1),
-          static_cast<uint32_t>(p0 >> 32) ^ c.w3 ^ key1, static_cast<uint32_t>(p0)};
-}
+inline constexpr int philox_rounds = 10;
+inline constexpr uint32_t philox_multiplier0 = 0xd2511f53u, philox_multiplier1 = 0xcd9e8d57u;
+inline constexpr uint32_t philox_step0 = 0x9e3779b9u, philox_step1 = 0xbb67ae85u;
 
-FASTFLAT_HD PhiloxWords philox(PhiloxWords counter, uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    counter = philox_round(counter, key0, key1);
-    key0 += 0x9e3779b9u;
-    key1 += 0xbb67ae85u;
+FASTFLAT_HD PhiloxWords philox(PhiloxWords c, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < philox_rounds; ++round) {
+    const uint64_t p0 = uint64_t{philox_multiplier0} * c.w0, p1 = uint64_t{philox_multiplier1} * c.w2;
+    c = {static_cast<uint32_t>(p1 >> 32) ^ c.w1 ^ key0, static_cast<uint32_t>(p1),
+         static_cast<uint32_t>(p0 >> 32) ^ c.w3 ^ key1, static_cast<uint32_t>(p0)};
+    key0 += philox_step0;
+    key1 += philox_step1;
   }
-  return counter;
+  return c;
 }
 
 // The words of a block.

@@ -38,6 +38,7 @@ SOURCES = {
         *sorted((CSRC / "cuda").glob("*.cu")),
     ],
     "fastflat_functors": [ROOT / "tests" / "cpp" / "module.cpp"],
+    "fastflat_elementary": [ROOT / "tests" / "cpp" / "elementary_module.cpp"],
 }
 
 
