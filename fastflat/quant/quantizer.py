@@ -91,13 +91,22 @@ class Quantizer(nn.Module):
         return fake_quantize(x, self.scale, self.zero_point, spec=self.spec, dtype=dtype)
 
     @torch.no_grad()
-    def initialise_from(self, x: Tensor, method: str | None = None) -> None:
+    def initialise_from(self, x: Tensor, method: str | None = None, *, q: float | None = None) -> None:
         """Take scale and zero-point from x by one of :data:`fastflat.quant.METHODS`; the default follows the spec.
 
+        Percentiles are exact here (linear between order statistics, as ``torch.quantile``), and so are the errors that
+        ``"mse"`` compares: those of x under the quantizer's own rule.
+
+        Args:
+            x: the data; its shape fits the scale's.
+            method: how; see :func:`fastflat.calibrate`.
+            q: the percentile of ``"percentile"``; 99.99 by default.
+
         Raises:
-            ValueError: x gives a scale that is zero or not finite. The old scale stays.
+            ValueError: x gives a scale that is zero or not finite, or the method does not fit the spec. The old scale
+                stays.
         """
-        self.set_scale(*_initial.scale_from(x, self.spec, method, self.label))
+        self.set_scale(*_initial.scale_from(x, self.spec, method, self.label, q))
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
