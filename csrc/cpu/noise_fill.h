@@ -10,8 +10,8 @@ struct NoiseWords {
 };
 
 // The words of consecutive blocks.
-#if defined(__AVX2__) && defined(__has_builtin) && __has_builtin(__builtin_ia32_pmuludq256)
-// Compilers shuffle around the widening multiplication. In 64-bit lanes it is one instruction that ignores the high
+#if (defined(FASTFLAT_ISA_AVX2) || defined(FASTFLAT_ISA_AVX512)) && !defined(__clang__)
+// g++ shuffles around the widening multiplication. In 64-bit lanes it is one instruction that ignores the high
 // halves, so that they may hold anything until the words are stored.
 typedef uint64_t Lanes __attribute__((vector_size(32)));
 typedef int32_t Halves __attribute__((vector_size(32)));

@@ -33,11 +33,19 @@ inline constexpr int philox_rounds = 10;
 inline constexpr uint32_t philox_multiplier0 = 0xd2511f53u, philox_multiplier1 = 0xcd9e8d57u;
 inline constexpr uint32_t philox_step0 = 0x9e3779b9u, philox_step1 = 0xbb67ae85u;
 
+// The high word of a product. nvcc carries a 64-bit product through the rounds in 64-bit registers.
+FASTFLAT_HD uint32_t high_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  return __umulhi(a, b);
+#else
+  return static_cast<uint32_t>((uint64_t{a} * b) >> 32);
+#endif
+}
+
 FASTFLAT_HD PhiloxWords philox(PhiloxWords c, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < philox_rounds; ++round) {
-    const uint64_t p0 = uint64_t{philox_multiplier0} * c.w0, p1 = uint64_t{philox_multiplier1} * c.w2;
-    c = {static_cast<uint32_t>(p1 >> 32) ^ c.w1 ^ key0, static_cast<uint32_t>(p1),
-         static_cast<uint32_t>(p0 >> 32) ^ c.w3 ^ key1, static_cast<uint32_t>(p0)};
+    c = {high_product(c.w2, philox_multiplier1) ^ c.w1 ^ key0, c.w2 * philox_multiplier1,
+         high_product(c.w0, philox_multiplier0) ^ c.w3 ^ key1, c.w0 * philox_multiplier0};
     key0 += philox_step0;
     key1 += philox_step1;
   }

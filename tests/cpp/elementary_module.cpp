@@ -23,9 +23,11 @@ namespace baseline {
 #ifdef __x86_64__
 #pragma GCC push_options
 #pragma GCC target("avx2")
+#define FASTFLAT_ISA_AVX2
 namespace avx2 {
 #include "cpu/noise_fill.h"
 }
+#undef FASTFLAT_ISA_AVX2
 #pragma GCC pop_options
 #endif
 
@@ -65,7 +67,6 @@ struct Log {
     return std::log(x);
   }
 };
-// Of f right angles. `pi` has the digits of a long double.
 constexpr long double half_pi = 1.57079632679489661923132169163975144L;
 struct Sine {
   template <class C>
