@@ -24,7 +24,7 @@ class _Group:
     z: Tensor | float
 
 
-def _group(scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, eps: float, rules: int) -> _Group:
+def group_parameters(scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, eps: float, rules: int) -> _Group:
     s = torch.where(scale < eps, torch.full_like(scale, eps), scale)
     inv = torch.ones_like(s) / s
     if zero_point is None:
@@ -38,12 +38,16 @@ def _group(scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, eps: 
     return _Group(s, inv, z if inside else absent, absent if inside else z, z)
 
 
-def _code(x: Tensor, g: _Group, qmin: int, qmax: int, rules: int) -> tuple[Tensor, Tensor, Tensor]:
-    """u = x in units of the scale, d = q - z, and the mask m."""
+def _filled(r: Tensor, limit: int | Tensor) -> Tensor:
+    return limit.expand_as(r) if isinstance(limit, Tensor) else torch.full_like(r, limit)
+
+
+def _code(x: Tensor, g: _Group, qmin: int | Tensor, qmax: int | Tensor, rules: int) -> tuple[Tensor, Tensor, Tensor]:
+    """u = x in units of the scale, d = q - z, and the mask m. Limits may be 0-dim tensors in the type of x."""
     u = x * g.inv if rules & RULES["reciprocal"] else x / g.s
     v = u + g.z_in
     r = torch.round(v) + g.z_out
-    lowest, highest = torch.full_like(r, qmin), torch.full_like(r, qmax)
+    lowest, highest = _filled(r, qmin), _filled(r, qmax)
     lifted = torch.where(r > qmin, r, lowest)
     clamped = torch.where(lifted < qmax, lifted, highest)
     overflow = lowest if rules & RULES["inf_qmin"] else highest
@@ -58,7 +62,7 @@ def _code(x: Tensor, g: _Group, qmin: int, qmax: int, rules: int) -> tuple[Tenso
 
 def _prepare(x, scale, zero_point, qmin, qmax, axis, group, eps, rules):
     data = blocked(x, group).to(compute_dtype(x.dtype))
-    g = _group(scale, zero_point, qmin, qmax, eps, rules)
+    g = group_parameters(scale, zero_point, qmin, qmax, eps, rules)
     g = _Group(
         *(broadcast(p, x, axis, group) if isinstance(p, Tensor) else p for p in (g.s, g.inv, g.z_in, g.z_out, g.z))
     )
