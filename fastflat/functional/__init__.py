@@ -2,5 +2,6 @@
 """What users call: checked, differentiable, on the backend in force. One module an op family."""
 
 from fastflat.functional._fake_quantize import fake_quantize, fake_quantize_dynamic
+from fastflat.functional._mixquant import frac_quantize, mixquant
 
-__all__ = ["fake_quantize", "fake_quantize_dynamic"]
+__all__ = ["fake_quantize", "fake_quantize_dynamic", "frac_quantize", "mixquant"]
