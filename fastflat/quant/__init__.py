@@ -3,17 +3,36 @@
 
 from fastflat._spec import QuantSpec
 from fastflat.quant._initial import METHODS
+from fastflat.quant.attention import QuantMultiheadAttention
 from fastflat.quant.calibrate import calibrate
-from fastflat.quant.layers import QuantConv2d, QuantLinear
-from fastflat.quant.prepare import param_groups, prepare, quantizers
+from fastflat.quant.layers import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantEmbedding,
+    QuantLayer,
+    QuantLinear,
+)
+from fastflat.quant.prepare import LAYERS, param_groups, prepare, quantizers
 from fastflat.quant.quantizer import Quantizer
+from fastflat.quant.recurrent import QuantGRU, QuantLSTM
 from fastflat.quant.summary import LayerSummary, summary
 
 __all__ = [
+    "LAYERS",
     "METHODS",
     "LayerSummary",
+    "QuantConv1d",
     "QuantConv2d",
+    "QuantConvTranspose1d",
+    "QuantConvTranspose2d",
+    "QuantEmbedding",
+    "QuantGRU",
+    "QuantLSTM",
+    "QuantLayer",
     "QuantLinear",
+    "QuantMultiheadAttention",
     "QuantSpec",
     "Quantizer",
     "calibrate",

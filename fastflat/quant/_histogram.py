@@ -19,9 +19,9 @@ _LOWEST = -1022
 
 
 class Histogram:
-    """Counts of x, one row of ``2 half`` bins for each scale; bin j of row r holds ``[(j - half) w, (j - half + 1) w)``.
+    """Counts of x in ``2 half`` bins, one row for each scale; bin j holds ``[(j - half) w, (j - half + 1) w)``.
 
-    The width is a power of two, ``w = 2**exponent[r]``, the least that gives ``max|x| < half w``. A larger value doubles
+    The width is a power of two, ``w = 2**exponent[r]``, the least with ``max|x| < half w``. A larger value doubles
     it and merges neighbouring bins, which moves no element across an edge: the counts depend on the data alone and not
     on their batches, the order or the rank they came on. Values are known to w, which is at most ``2 max|x| / half``:
     6e-5 of the extreme for one scale, 2e-3 where thousands of scales share the memory (32 MiB at most).

@@ -17,7 +17,7 @@ from fastflat.quant._histogram import Histogram, exact_quantile
 #: How a scale is found. For a symmetric grid: ``lsq`` 2 mean|x| / sqrt(qmax) (Esser et al., ICLR 2020, section 2.1),
 #: ``absmax`` max|x| / qmax. For a grid with zero-point: ``minmax`` (max - min) / (qmax - qmin), zero on the grid.
 #: ``moving`` is absmax or minmax with exponential averages over batches in place of extremes; ``percentile`` with the
-#: q-th percentile of |x|, or the (100-q)-th and the q-th of x; ``mse`` takes what makes the mean of (Q(x) - x)**2 least.
+#: q-th percentile of |x|, or the (100-q)-th and the q-th of x; ``mse`` makes the mean of (Q(x) - x)**2 least.
 METHODS = ("lsq", "absmax", "minmax", "moving", "percentile", "mse")
 
 #: Weight of the newest batch in ``moving`` averages.

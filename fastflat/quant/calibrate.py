@@ -14,6 +14,7 @@ from torch import distributed, nn
 from fastflat import _checks
 from fastflat.quant._histogram import Histogram
 from fastflat.quant._initial import Statistics, method_for
+from fastflat.quant._layer import QuantLayer
 from fastflat.quant.prepare import quantizers
 from fastflat.quant.quantizer import Quantizer
 
@@ -60,7 +61,8 @@ def calibrate(
     Sources: Esser et al., ICLR 2020, section 2.1 (``lsq``, 2 mean|x| / sqrt(qmax)); Wu et al., 2020, arXiv:2004.09602
     (percentile); Sung et al., 2015, arXiv:1511.06488 (least mean squared error).
     """
-    waiting = {n: each for n, each in quantizers(model) if not each.calibrated or (again and _on_inputs(n))}
+    of_inputs = {id(each) for each in _of_inputs(model)} if again else set()
+    waiting = {n: each for n, each in quantizers(model) if not each.calibrated or id(each) in of_inputs}
     if not waiting:
         hint = "; again=True takes new scales for the inputs"
         _checks.fail("calibrate", "model", "have a quantizer without a scale", "none", hint)
@@ -87,8 +89,10 @@ def calibrate(
     return model
 
 
-def _on_inputs(name: str) -> bool:
-    return name.rpartition(".")[2] == "input_quantizer"
+def _of_inputs(model: nn.Module) -> Iterator[Quantizer]:
+    for module in model.modules():
+        if isinstance(module, QuantLayer):
+            yield from module.input_quantizers().values()
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

@@ -1,153 +1,144 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that quantize their weight and their input: :class:`QuantLinear`, :class:`QuantConv2d`."""
+"""Linear, convolutions and embedding with a quantized weight and input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflat import _checks
 from fastflat._spec import QuantSpec
-from fastflat.quant import _initial
-from fastflat.quant.quantizer import Quantizer
+from fastflat.quant._layer import Factory, Input, QuantLayer
 
-#: What builds a quantizer from a spec and the shape of its scale.
-Factory = Callable[..., Quantizer]
-
-
-class _QuantLayer:
-    """What the layers share. Parameters keep their names, so that ``load_state_dict(fp32_state, strict=False)`` works;
-    the weight's scale then follows the loaded weight."""
-
-    weight_quantizer: Quantizer | None
-    input_quantizer: Quantizer | None
-    #: Size of the input's channel axis for a spec with an axis: (attribute, axes that mean it).
-    _channels: tuple[str, tuple[int, ...]]
-
-    @classmethod
-    def from_float(
-        cls,
-        module: nn.Module,
-        weights: QuantSpec | None = None,
-        activations: QuantSpec | None = None,
-        *,
-        quantizer: Factory = Quantizer,
-        name: str = "",
-    ) -> nn.Module:
-        """The quantized form of an ordinary layer. It shares the layer's parameters, buffers and hooks, and takes the
-        weight's scale from the weight; the input's scale comes by :func:`fastflat.calibrate`.
-
-        Args:
-            module: the layer; left as it is.
-            weights, activations: specs; ``None`` leaves that side in floating point.
-            quantizer: class of the quantizers.
-            name: the layer's place in its model, for error messages.
-
-        Raises:
-            TypeError, ValueError: a spec does not fit the layer, or its weight gives no usable scale.
-        """
-        for which, spec in (("weights", weights), ("activations", activations)):
-            if spec is not None and not isinstance(spec, QuantSpec):
-                _checks.fail(name or cls.__name__, which, "be a QuantSpec or None", type(spec))
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        # The layer's own dictionaries are copied: adding the quantizers must not reach the original.
-        state = dict(module.__dict__)
-        for kind in ("_parameters", "_buffers", "_modules"):
-            state[kind] = dict(state[kind])
-        layer.__dict__.update(state)
-        layer.weight_quantizer = layer.input_quantizer = None
-        if weights is not None:
-            layer.weight_quantizer = _for_weight(module.weight, weights, quantizer, _join(name, "weight_quantizer"))
-        if activations is not None:
-            layer.input_quantizer = layer._for_input(activations, quantizer, _join(name, "input_quantizer"))
-        return layer
-
-    def _for_input(self, spec: QuantSpec, quantizer: Factory, name: str) -> Quantizer:
-        shape: tuple[int, ...] = ()
-        if spec.group is not None:
-            hint = ": their scales would depend on the batch; use axis, or one scale"
-            _checks.fail(name, "spec.group", "be None for activations", spec.group, hint)
-        if spec.axis is not None:
-            attribute, axes = self._channels
-            if spec.axis not in axes:
-                want = f"be None or {axes[0]}, the channels of the input"
-                _checks.fail(name, "spec.axis", want, spec.axis)
-            shape = (getattr(self, attribute),)
-        weight = self.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        made = quantizer(spec, shape, device=weight.device, dtype=dtype)
-        made.name = name
-        return made
-
-    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight on its grid, cast to ``dtype`` in the same pass if one is given."""
-        if self.weight_quantizer is None:
-            return self.weight if dtype is None else self.weight.to(dtype)
-        return self.weight_quantizer(self.weight, dtype)
-
-    def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and weight, on their grids and in the type that autocast wants of them."""
-        to = None
-        if torch.is_autocast_enabled(x.device.type):
-            to = torch.get_autocast_dtype(x.device.type)
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x, to if x.dtype == torch.float32 else None)
-        return x, self.quantized_weight(to if self.weight.dtype == torch.float32 else None)
-
-    def check_state(self, state: dict[str, Tensor], prefix: str) -> None:
-        """Check, before anything is loaded, that a state_dict without a scale holds a weight that gives one."""
-        if self._wants_scale_from(state, prefix):
-            _initial.scale_from(state[prefix + "weight"], self.weight_quantizer.spec, None, prefix + "weight_quantizer")
-
-    def _wants_scale_from(self, state: dict[str, Tensor], prefix: str) -> bool:
-        quantizer = self.weight_quantizer
-        return quantizer is not None and prefix + "weight" in state and prefix + "weight_quantizer.scale" not in state
-
-    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
-        self.check_state(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        if self._wants_scale_from(state_dict, prefix):
-            self.weight_quantizer.initialise_from(self.weight)
+__all__ = [
+    "Factory",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConvTranspose1d",
+    "QuantConvTranspose2d",
+    "QuantEmbedding",
+    "QuantLayer",
+    "QuantLinear",
+]
 
 
-class QuantLinear(_QuantLayer, nn.Linear):
+class QuantLinear(QuantLayer, nn.Linear):
     """``y = Q(x) Q(W)^T + b``: ``nn.Linear`` with a quantized weight and input.
 
     ``weight_quantizer`` and ``input_quantizer`` are :class:`Quantizer` or ``None``. Under autocast the fp32 weight is
     quantized and cast in one pass. Made by :meth:`from_float` or :func:`fastflat.prepare`.
+
+    Shapes: x ``[..., in_features]``, y ``[..., out_features]``; a scale of the weight with ``axis=0`` is
+    ``[out_features]``, one of the input with ``axis=-1`` ``[in_features]``.
     """
 
-    _channels = ("in_features", (-1,))
+    inputs = (Input("input_quantizer", "in_features", (-1,)),)
 
     def forward(self, x: Tensor) -> Tensor:
         x, weight = self._quantized(x)
         return F.linear(x, weight, self.bias)
 
 
-class QuantConv2d(_QuantLayer, nn.Conv2d):
-    """``y = conv2d(Q(x), Q(W)) + b``: ``nn.Conv2d`` with a quantized weight and input; as :class:`QuantLinear`.
+class QuantConv1d(QuantLayer, nn.Conv1d):
+    """``y = conv1d(Q(x), Q(W)) + b``: ``nn.Conv1d`` with a quantized weight and input; as :class:`QuantConv2d`.
 
-    The input is quantized before padding, so padded zeros stay zero.
+    Shapes: x ``[N, in_channels, L]``; scales ``[out_channels]`` (weight, ``axis=0``), ``[in_channels]`` (input,
+    ``axis=1``).
     """
 
-    _channels = ("in_channels", (1, -3))
+    inputs = (Input("input_quantizer", "in_channels", (1, -2)),)
 
     def forward(self, x: Tensor) -> Tensor:
         x, weight = self._quantized(x)
         return self._conv_forward(x, weight, self.bias)
 
 
-def _for_weight(weight: Tensor, spec: QuantSpec, quantizer: Factory, name: str) -> Quantizer:
-    made = quantizer.like(weight, spec)
-    made.name = name
-    if not weight.is_meta:
-        made.initialise_from(weight)
-    return made
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """``y = conv2d(Q(x), Q(W)) + b``: ``nn.Conv2d`` with a quantized weight and input; as :class:`QuantLinear`.
+
+    The input is quantized before padding, so padded zeros stay zero.
+
+    Shapes: x ``[N, in_channels, H, W]``; scales ``[out_channels]`` (weight, ``axis=0``), ``[in_channels]`` (input,
+    ``axis=1``).
+    """
+
+    inputs = (Input("input_quantizer", "in_channels", (1, -3)),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = self._quantized(x)
+        return self._conv_forward(x, weight, self.bias)
 
 
-def _join(name: str, part: str) -> str:
-    return f"{name}.{part}" if name else part
+class _Transposed(QuantLayer):
+    """Transposed convolutions: their weight is ``[in, out/groups, ...]``, so the output channels are its axis 1."""
+
+    @classmethod
+    def weight_spec(cls, spec: QuantSpec) -> QuantSpec:
+        return spec.replace(axis=1) if spec.axis == 0 else spec
+
+
+class QuantConvTranspose1d(_Transposed, nn.ConvTranspose1d):
+    """``y = conv_transpose1d(Q(x), Q(W)) + b``; as :class:`QuantConvTranspose2d`.
+
+    Shapes: x ``[N, in_channels, L]``; scales ``[out_channels/groups]`` (weight, ``axis=0`` or 1), ``[in_channels]``
+    (input, ``axis=1``).
+    """
+
+    inputs = (Input("input_quantizer", "in_channels", (1, -2)),)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        extra = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, 1, dilation=self.dilation
+        )
+        x, weight = self._quantized(x)
+        return F.conv_transpose1d(
+            x, weight, self.bias, self.stride, self.padding, extra, self.groups, dilation=self.dilation
+        )
+
+
+class QuantConvTranspose2d(_Transposed, nn.ConvTranspose2d):
+    """``y = conv_transpose2d(Q(x), Q(W)) + b``: ``nn.ConvTranspose2d`` with a quantized weight and input.
+
+    The weight is ``[in_channels, out_channels/groups, kH, kW]``. A spec with ``axis=0``, which elsewhere means the
+    output channels, means them here too and becomes ``axis=1``: ``weight_quantizer.spec`` says so. With ``groups > 1``
+    the scale has ``out_channels/groups`` entries, and entry j belongs to the j-th output channel of every group.
+
+    Shapes: x ``[N, in_channels, H, W]``; scales ``[out_channels/groups]`` (weight, ``axis=0`` or 1), ``[in_channels]``
+    (input, ``axis=1``).
+    """
+
+    inputs = (Input("input_quantizer", "in_channels", (1, -3)),)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        extra = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, 2, dilation=self.dilation
+        )
+        x, weight = self._quantized(x)
+        return F.conv_transpose2d(
+            x, weight, self.bias, self.stride, self.padding, extra, self.groups, dilation=self.dilation
+        )
+
+
+class QuantEmbedding(QuantLayer, nn.Embedding):
+    """``y = Q(W)[indices]``: ``nn.Embedding`` with a quantized weight; its inputs are indices and stay as they are.
+
+    The whole table is quantized in each call. The row of ``padding_idx`` gets no gradient; symmetric grids, and affine
+    ones with integer zero-points, keep a row of zeros at zero. ``max_norm`` (which rewrites the table in ``forward``)
+    and ``sparse`` (whose gradient does not pass a quantizer) are refused.
+
+    Shapes: indices ``[...]``, y ``[..., embedding_dim]``; a scale with ``axis=0`` is ``[num_embeddings]``, in groups
+    ``[num_embeddings, embedding_dim/group]``.
+    """
+
+    @classmethod
+    def refuse(cls, module: nn.Module, label: str) -> None:
+        if module.max_norm is not None:
+            hint = ": it rewrites the table in forward; skip the layer"
+            _checks.fail(label, "max_norm", "be None in a quantized embedding", module.max_norm, hint)
+        if module.sparse:
+            hint = ": the quantizer's gradient is dense; skip the layer"
+            _checks.fail(label, "sparse", "be False in a quantized embedding", True, hint)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        weight = self.quantized_weight()
+        return F.embedding(indices, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)

@@ -13,11 +13,26 @@ from torch.nn.parameter import UninitializedParameter
 
 from fastflat import _checks
 from fastflat._spec import QuantSpec
-from fastflat.quant.layers import Factory, QuantConv2d, QuantLinear
+from fastflat.quant import layers
+from fastflat.quant._layer import Factory, QuantLayer
+from fastflat.quant.attention import QuantMultiheadAttention
 from fastflat.quant.quantizer import Quantizer
+from fastflat.quant.recurrent import QuantGRU, QuantLSTM
 
 #: Which layer replaces which. Subclasses are left alone: they may use their weight in their own way.
-LAYERS: dict[type[nn.Module], type] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
+LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
+    nn.Linear: layers.QuantLinear,
+    nn.Conv1d: layers.QuantConv1d,
+    nn.Conv2d: layers.QuantConv2d,
+    nn.ConvTranspose1d: layers.QuantConvTranspose1d,
+    nn.ConvTranspose2d: layers.QuantConvTranspose2d,
+    nn.Embedding: layers.QuantEmbedding,
+    nn.MultiheadAttention: QuantMultiheadAttention,
+    nn.LSTM: QuantLSTM,
+    nn.GRU: QuantGRU,
+}
+
+_KINDS = ", ".join(kind.__name__ for kind in LAYERS)
 
 #: Bits for one layer: of both sides, or of each (a missing side keeps the spec's).
 Bits = int | Mapping[str, int]
@@ -32,16 +47,22 @@ def prepare(
     skip: Sequence[str] = (),
     quantizer: Factory = Quantizer,
 ) -> nn.Module:
-    """Replace every ``nn.Linear`` and ``nn.Conv2d`` of a model by its quantized form, in place.
+    """Replace every layer of a model that has a quantized form (:data:`LAYERS`) by it, in place: linear, convolutions
+    and their transposes in 1 and 2 dimensions, embedding, multi-head attention, LSTM and GRU.
 
     Parameters stay the same objects under the same names, so optimizers and checkpoints that hold them go on working;
     shared layers and tied weights stay shared. Weights' scales are taken from the weights at once; activations' come
     from data by :func:`fastflat.calibrate`. Everything is checked first: on an error the model is as it was.
 
+    Encoder layers of ``nn.Transformer`` no longer take their inference fast path, which would read the unquantized
+    weights past the quantizers.
+
     Args:
-        model: any module. If the model itself is a Linear or Conv2d, use the returned one.
-        weights: spec of the weights (``axis=0`` for a scale per output channel); ``None`` leaves them in floats.
-        activations: spec of the layers' inputs; ``None`` leaves them in floats.
+        model: any module. If the model itself is such a layer, use the returned one.
+        weights: spec of the weights (``axis=0`` for a scale per output channel, in transposed convolutions too);
+            ``None`` leaves them in floats.
+        activations: spec of the layers' inputs; ``None`` leaves them in floats. Embeddings, whose inputs are indices,
+            have no use for it.
         bits: other bit-widths by layer name: ``{"layer3.*": 2, "head": {"weights": 8, "activations": 4}}``. Patterns
             are those of ``fnmatch`` on full names (``*`` crosses dots); a later match overrides an earlier one.
         skip: patterns of layers that stay as they are.
@@ -52,7 +73,8 @@ def prepare(
 
     Raises:
         TypeError, ValueError: a pattern matches no layer (the message names close ones), a spec does not fit a layer,
-            or a weight gives no usable scale (NaN, or all zero).
+            a layer has an option that its quantized form lacks (skip it), or a weight gives no usable scale (NaN, or
+            all zero).
 
     Example::
 
@@ -72,8 +94,12 @@ def prepare(
 
     named = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if type(m) in LAYERS]
     if not named:
-        _checks.fail("prepare", "model", "hold an nn.Linear or nn.Conv2d that is not yet quantized", "none")
+        _checks.fail("prepare", "model", f"hold a layer that is not yet quantized, of {_KINDS}", "none")
     chosen = _choose([name for name, _ in named], weights, activations, dict(bits or {}), tuple(skip))
+    for name, module in named:
+        if chosen[name] is not None and not LAYERS[type(module)].inputs:
+            of_weights = chosen[name][0]
+            chosen[name] = None if of_weights is None else (of_weights, None)
 
     made: dict[int, tuple[str, Any, nn.Module]] = {}
     for name, module in named:
@@ -96,8 +122,23 @@ def prepare(
         else:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
+    _leave_fast_path(model)
     model.register_load_state_dict_pre_hook(check_before_load)
     return model
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """Encoder layers that hold quantized ones say that they do not fit the fused inference kernel, and encoders that
+    they do not pack their input for it."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _holds_quantized(module):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and _holds_quantized(module):
+            module.use_nested_tensor = False
+
+
+def _holds_quantized(module: nn.Module) -> bool:
+    return any(isinstance(m, QuantLayer) for m in module.modules())
 
 
 def check_before_load(model: nn.Module, state: dict, prefix: str, *_: Any) -> None:
@@ -203,5 +244,5 @@ def _matching(pattern: str, names: list[str], argument: str) -> list[str]:
     else:
         close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
         hint = "; close names: " + ", ".join(close)
-    _checks.fail("prepare", argument, "match the name of a Linear or Conv2d", repr(pattern), hint)
+    _checks.fail("prepare", argument, "match the name of a layer that can be quantized", repr(pattern), hint)
     return []

@@ -9,20 +9,22 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastflat.quant.layers import _QuantLayer
+from fastflat.quant._layer import QuantLayer
+from fastflat.quant.prepare import LAYERS
 from fastflat.quant.quantizer import Quantizer
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSummary:
-    """One layer. Fields of a side that stays in floats are ``None``.
+    """One weight of a layer. Fields of a side that stays in floats are ``None``.
 
     Attributes:
-        name, kind: the layer's name and class.
+        name, kind: the layer's name and class. Where a layer has several weights, or one of another name than
+            ``weight``, the name goes on with it: ``lstm.weight_ih_l0``.
         parameters: elements of the weight.
         weight_bits, activation_bits: widths of the grids.
         weight_scale: mean scale of the weight, ``weight_scale_range`` the least and the greatest.
-        activation_scale: mean scale of the input.
+        activation_scale: mean scale of the layer's inputs.
         clipped: share of the weights whose code was beyond the grid's ends.
         snr: ``10 log10(sum w^2 / sum (Q(w) - w)^2)`` in dB; infinite where the grid represents the weights exactly.
         codes: number of weights on each code from qmin to qmax (grids of up to 8 bits).
@@ -45,29 +47,39 @@ class LayerSummary:
 
 @torch.no_grad()
 def summary(model: nn.Module) -> list[LayerSummary]:
-    """One row for each Linear and Conv2d of the model, quantized or not, in the order of the model's modules."""
-    return [_row(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    """One row for each weight of the layers that have a quantized form, quantized or not, in the order of the model's
+    modules."""
+    rows = []
+    for name, layer in model.named_modules():
+        form = next((form for kind, form in LAYERS.items() if isinstance(layer, kind)), None)
+        if form is not None:
+            rows += [_row(name, layer, weight) for weight in form.weight_names(layer)]
+    return rows
 
 
-def _row(name: str, layer: nn.Module) -> LayerSummary:
-    row = LayerSummary(name, type(layer).__name__, layer.weight.numel())
-    if not isinstance(layer, _QuantLayer):
+def _row(name: str, layer: nn.Module, which: str) -> LayerSummary:
+    weight = getattr(layer, which)
+    name = name if which == "weight" else f"{name}.{which}" if name else which
+    row = LayerSummary(name, type(layer).__name__, weight.numel())
+    if not isinstance(layer, QuantLayer):
         return row
-    of_input, of_weight = layer.input_quantizer, layer.weight_quantizer
-    if of_input is not None:
-        known = float(of_input.scale.mean()) if of_input.calibrated else None
-        row = dataclasses.replace(row, activation_bits=of_input.spec.bits, activation_scale=known)
+    of_inputs, of_weight = list(layer.input_quantizers().values()), layer.weight_quantizers().get(which)
+    if of_inputs:
+        known = None
+        if all(q.calibrated for q in of_inputs):
+            known = float(torch.cat([q.scale.flatten() for q in of_inputs]).mean())
+        row = dataclasses.replace(row, activation_bits=of_inputs[0].spec.bits, activation_scale=known)
     if of_weight is None or not of_weight.calibrated:
         return row
     spec, scale = of_weight.spec, of_weight.scale
-    clipped, codes = _codes(layer.weight, of_weight)
+    clipped, codes = _codes(weight, of_weight)
     return dataclasses.replace(
         row,
         weight_bits=spec.bits,
         weight_scale=float(scale.mean()),
         weight_scale_range=(float(scale.min()), float(scale.max())),
         clipped=clipped,
-        snr=_snr(layer.weight, layer.quantized_weight()),
+        snr=_snr(weight, of_weight(weight)),
         codes=codes,
         lowest=spec.qmin if codes is not None else None,
     )

@@ -67,7 +67,7 @@ def test_bad_input_is_one_line_and_status_2(command, tmp_path, monkeypatch, argu
     ("arguments", "message"),
     [
         (["--bits", "blocks.7.0=2"], "got 'blocks.7.0'; close names: blocks."),
-        (["--skip", "fcc"], "skip must match the name of a Linear or Conv2d, got 'fcc'; close names: fc"),
+        (["--skip", "fcc"], "skip must match the name of a layer that can be quantized, got 'fcc'; close names: fc"),
         (["--init", "no/such/run"], "must be a checkpoint, got no file"),
     ],
 )

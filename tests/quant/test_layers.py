@@ -10,7 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastflat as ff
-from fastflat.quant import QuantConv2d, QuantLinear, summary
+from fastflat.quant import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantEmbedding,
+    QuantLinear,
+    summary,
+)
 
 from .conftest import ACTIVATIONS, WEIGHTS
 
@@ -40,6 +48,87 @@ def test_convolution_is_its_formula(mode):
         plain.weight.copy_(ff.fake_quantize(conv.weight, layer.weight_quantizer.scale, spec=WEIGHTS))
         q = ff.fake_quantize(x, layer.input_quantizer.scale, spec=layer.input_quantizer.spec)
         assert torch.equal(layer(x), plain(q))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "form", "size"),
+    [
+        (nn.Conv1d, QuantConv1d, (9,)),
+        (nn.ConvTranspose1d, QuantConvTranspose1d, (5,)),
+        (nn.ConvTranspose2d, QuantConvTranspose2d, (5, 4)),
+    ],
+)
+def test_other_convolutions_are_their_formula(kind, form, size, groups):
+    torch.manual_seed(0)
+    conv = kind(4, 6, 3, stride=2, padding=1, groups=groups)
+    layer = form.from_float(conv, WEIGHTS, ff.QuantSpec.lsq(bits=3, axis=1, signed=False))
+    layer.input_quantizer.set_scale(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    transposed = "Transpose" in kind.__name__
+    # The scale runs along the output channels: axis 1 of a transposed weight, where every group shares it.
+    assert layer.weight_quantizer.spec.axis == int(transposed)
+    assert layer.weight_quantizer.scale.shape == (6 // groups if transposed else 6,)
+    x = torch.rand(2, 4, *size, requires_grad=True)
+    plain = copy.deepcopy(conv)
+    with torch.no_grad():
+        w = ff.fake_quantize(conv.weight, layer.weight_quantizer.scale, spec=layer.weight_quantizer.spec)
+        plain.weight.copy_(w)
+        q = ff.fake_quantize(x, layer.input_quantizer.scale, spec=layer.input_quantizer.spec)
+        assert torch.equal(layer(x), plain(q))
+        if transposed:
+            larger = [2 * n for n in size]
+            assert torch.equal(layer(x, larger), plain(q, larger))
+            assert list(layer(x, larger).shape[2:]) == larger
+    layer(x).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in [x, *layer.parameters()])
+    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+        quantizer.enabled = False
+    assert torch.equal(layer(x), conv(x))
+
+
+def test_a_transposed_convolution_takes_its_axis_as_1_too():
+    conv = nn.ConvTranspose2d(4, 6, 3)
+    either = [QuantConvTranspose2d.from_float(conv, WEIGHTS.replace(axis=axis)) for axis in (0, 1, -3)]
+    assert all(torch.equal(either[0].quantized_weight(), layer.quantized_weight()) for layer in either[1:])
+
+
+@pytest.mark.parametrize("spec", [WEIGHTS, ff.QuantSpec.lsq(bits=4), ff.QuantSpec(bits=3, group=4)])
+def test_an_embedding_looks_up_its_quantized_table(spec):
+    torch.manual_seed(0)
+    source = nn.Embedding(7, 8, padding_idx=2, scale_grad_by_freq=True)
+    layer = QuantEmbedding.from_float(source, spec)
+    indices = torch.tensor([[0, 2, 5], [5, 5, 1]])
+    y = layer(indices)
+    assert torch.equal(y, ff.fake_quantize(source.weight, layer.weight_quantizer.scale, spec=spec)[indices])
+    assert torch.equal(y[0, 1], torch.zeros(8))
+    y.sum().backward()
+    layer.weight_quantizer.enabled = False
+    want = torch.autograd.grad(source(indices).sum(), source.weight)[0]
+    assert torch.equal(layer(indices), source(indices))
+    assert bool((layer.weight.grad[[2, 3, 4, 6]] == 0).all())
+    assert bool((layer.weight.grad[5][layer.weight.grad[5] != 0] == want[5, 0]).all())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"max_norm": 1.0}, "max_norm must be None in a quantized"), ({"sparse": True}, "sparse must be False in a")],
+)
+def test_embeddings_that_a_quantizer_cannot_serve_are_refused_and_can_be_skipped(settings, message):
+    model = nn.ModuleDict({"table": nn.Embedding(7, 8, **settings), "fc": nn.Linear(8, 2)})
+    with pytest.raises(ValueError, match=f"fastflat::table: {message}"):
+        ff.prepare(model, weights=WEIGHTS)
+    ff.prepare(model, weights=WEIGHTS, skip=("table",))
+    assert type(model["table"]) is nn.Embedding
+
+
+def test_an_embedding_has_no_input_to_quantize():
+    with pytest.raises(ValueError, match="activations must be None: the inputs are indices"):
+        QuantEmbedding.from_float(nn.Embedding(7, 8), WEIGHTS, ACTIVATIONS)
+    model = nn.ModuleDict({"table": nn.Embedding(7, 8), "fc": nn.Linear(8, 2)})
+    ff.prepare(model, activations=ACTIVATIONS)
+    assert type(model["table"]) is nn.Embedding
+    with pytest.raises(ValueError, match="all 1 layers skipped"):
+        ff.prepare(nn.ModuleDict({"table": nn.Embedding(7, 8)}), activations=ACTIVATIONS)
 
 
 def test_gradients_reach_weights_scales_and_input():
