@@ -5,6 +5,7 @@ from fastflat._spec import QuantSpec
 from fastflat.quant._initial import METHODS
 from fastflat.quant.attention import QuantMultiheadAttention
 from fastflat.quant.calibrate import calibrate
+from fastflat.quant.codes import LayerCodes, codes_from_tensors, codes_to_tensors, export_codes, load_codes
 from fastflat.quant.layers import (
     QuantConv1d,
     QuantConv2d,
@@ -22,6 +23,7 @@ from fastflat.quant.summary import LayerSummary, summary
 __all__ = [
     "LAYERS",
     "METHODS",
+    "LayerCodes",
     "LayerSummary",
     "QuantConv1d",
     "QuantConv2d",
@@ -36,6 +38,10 @@ __all__ = [
     "QuantSpec",
     "Quantizer",
     "calibrate",
+    "codes_from_tensors",
+    "codes_to_tensors",
+    "export_codes",
+    "load_codes",
     "param_groups",
     "prepare",
     "quantizers",
