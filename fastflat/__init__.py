@@ -4,7 +4,7 @@
 from fastflat import functional, quant
 from fastflat._spec import QuantSpec
 from fastflat.backends import FallbackWarning, backend, backends, choose
-from fastflat.functional import fake_quantize, fake_quantize_dynamic, frac_quantize, mixquant
+from fastflat.functional import draw_state, fake_quantize, fake_quantize_dynamic, frac_quantize, mixquant
 from fastflat.memory import tune_host_memory
 from fastflat.quant import calibrate, param_groups, prepare
 
@@ -17,6 +17,7 @@ __all__ = [
     "backends",
     "calibrate",
     "choose",
+    "draw_state",
     "fake_quantize",
     "fake_quantize_dynamic",
     "frac_quantize",

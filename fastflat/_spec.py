@@ -7,6 +7,7 @@ It lives below the op layer because every layer above reads it; users import it 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -20,21 +21,54 @@ RULES = {
     "nan_qmin": 32,
     "inf_qmin": 64,
     "positive_zero": 128,
+    "round_away": 256,
+    "round_stochastic": 512,
+    "pact": 1024,
+    "compute_input": 2048,
+    "noise_uniform": 4096,
+    "noise_normal": 8192,
+    "noise_temper": 16384,
+    "noise_bypass": 32768,
+    "binary": 65536,
+    "e4m3": 131072,
+    "e5m2": 262144,
+    "e3m2": 524288,
+    "e2m3": 1048576,
+    "e2m1": 2097152,
+    "scale_floor": 4194304,
+    "scale_ceil": 8388608,
+    "scale_even": 16777216,
+    "scale_rceil": 33554432,
+    "scale_e4m3": 67108864,
+}
+
+#: Largest value, smallest normal value and 2^-mantissa bits of the minifloat formats (OCP MX v1.0, section 5.3; OFP8
+#: v1.0). Their results saturate. ``csrc/math/minifloat.h`` holds the same table; a test compares them.
+MINIFLOATS = {
+    "e4m3": (448.0, 2.0**-6, 2.0**-3),
+    "e5m2": (57344.0, 2.0**-14, 2.0**-2),
+    "e3m2": (28.0, 2.0**-2, 2.0**-2),
+    "e2m3": (7.5, 1.0, 2.0**-3),
+    "e2m1": (6.0, 1.0, 2.0**-1),
 }
 
 _CHOICES = {
-    "format": ("int",),
-    "rounding": ("even",),
+    "format": ("int", "binary", "ternary", *MINIFLOATS),
+    "rounding": ("even", "away", "stochastic"),
     "arithmetic": ("divide", "reciprocal"),
     "zero": ("outside", "inside", "float"),
     "mask": ("before", "after", "none"),
     "nan": ("propagate", "qmin"),
     "inf": ("saturate", "qmin"),
-    "scale_is": ("s",),
-    "compute": ("fp32",),
-    "estimator": ("ste", "lsq"),
-    "noise": ("none",),
+    "scale_is": ("s", "log2", "absmax", "range"),
+    "scale_rule": ("absmax", "floor", "ceil", "even", "rceil", "e4m3"),
+    "compute": ("fp32", "input"),
+    "estimator": ("ste", "lsq", "pact", "ewgs"),
+    "noise": ("none", "uniform", "normal", "temper", "bypass"),
 }
+
+#: Width of a code by format; that of "int" is free.
+_WIDTHS = {"binary": 1, "ternary": 2, "e4m3": 8, "e5m2": 8, "e3m2": 6, "e2m3": 6, "e2m1": 4}
 
 #: The smallest normal fp32 number: kernels hold a scale at this value from below, so that 1/s stays finite.
 TINY = 2.0**-126
@@ -54,27 +88,46 @@ class QuantSpec:
         q = clamp(r, qmin, qmax)         NaN and codes of 2**63 and more: by `nan` and `inf`
         y = (q - z) * s                  signed_zero=False turns a -0 of (q - z) into +0
 
-    Ties go to the even neighbour. The grid is ``[-2**(bits-1), 2**(bits-1)-1]`` when signed, ``[0, 2**bits-1]`` when
-    not; ``narrow`` drops its lowest (signed) or highest (unsigned) code.
+    The grid of ``"int"`` is ``[-2**(bits-1), 2**(bits-1)-1]`` when signed, ``[0, 2**bits-1]`` when not; ``narrow`` drops
+    its lowest (signed) or highest (unsigned) code. ``"ternary"`` is {-1, 0, 1}, ``"binary"`` is {-1, 1} with sign(0) = 1.
+    ``"e4m3"``, ``"e5m2"``, ``"e3m2"``, ``"e2m3"`` and ``"e2m1"`` are the floating-point formats of OCP MX v1.0, rounded to
+    nearest with subnormals, saturating at the largest value.
+
+    With noise (one draw xi an element; u is the unrounded code, Q the rule above, clip its clamp without rounding)::
+
+        uniform   y = s clamp(u + nu xi)                      xi ~ U(-1/2, 1/2)
+        normal    y = s clamp(u + nu xi)                      xi ~ N(0, 1/12)
+        temper    y = Q(x) + a (clip(x) - Q(x)) + nu s xi     xi ~ U(-1/2, 1/2)
+        bypass    y = x with probability nu, else Q(x)        an element
+
+    and ``rounding="stochastic"`` rounds up with the probability of the fraction: ``r = floor(u) + (xi < u - floor(u))``,
+    xi ~ U(0, 1). Uniform draws have 16 bits, normal ones 23.
 
     Attributes:
-        bits: width of the grid, 1 to 16.
-        format: number format of the grid; ``"int"``.
+        bits: width of the grid, 1 to 16; of other formats than "int" it follows from the format.
+        format: number format of the grid, see above.
         signed, narrow: which integers the grid holds, see above.
-        symmetric: no zero-point. ``False`` allows one.
+        symmetric: no zero-point. ``False`` allows one; formats other than "int" have none.
         axis: channel axis of ``scale`` (negative counts from the end); ``None`` means one scale for the tensor.
         group: size of contiguous blocks along the last axis, one scale each; excludes ``axis``.
-        rounding: ``"even"``.
+        rounding: ``"even"`` ties to the even neighbour, ``"away"`` ties away from zero, ``"stochastic"``.
         arithmetic, zero, nan, inf, signed_zero: see the rule.
         mask: which elements pass their gradient: ``"before"`` those whose unrounded code ``u + z`` lies on
             ``[qmin, qmax]`` (LSQ paper), ``"after"`` those whose rounded code does (PyTorch), ``"none"`` all.
         grad_scale: factor of the gradient of scale and zero-point: ``"none"`` 1, ``"lsq"`` 1/sqrt(numel*max(qmax,1)),
             ``"lsq_channel"`` the same with the elements that share one scale, or a number.
-        scale_is: what the scale tensor holds; ``"s"``.
+        scale_is: what the scale tensor holds: ``"s"``; ``"log2"`` s = 2**scale; ``"absmax"`` s = scale / max(qmax, 1);
+            ``"range"`` s = scale / (qmax - qmin).
+        scale_rule: how :func:`fastflat.fake_quantize_dynamic` finds a scale from the largest magnitude: ``"absmax"`` as
+            it is; a power of two by the rules ``"floor"`` (OCP MX), ``"ceil"``, ``"even"``, ``"rceil"``; or ``"e4m3"``
+            (NVFP4).
         eps: lower bound of the scale inside the kernels.
-        compute: ``"fp32"``: arithmetic in fp32 (fp64 for fp64 input) whatever the storage type.
-        estimator: ``"lsq"`` trains scale and zero-point; ``"ste"`` treats them as constants.
-        noise: ``"none"``.
+        compute: ``"fp32"``: arithmetic in fp32 (fp64 for fp64 input) whatever the storage type. ``"input"``: 16-bit data
+            are rounded to their type after every operation, as eager code does; integer grids without noise.
+        estimator: ``"ste"`` takes scale and zero-point as constants; ``"lsq"`` trains them; ``"pact"`` trains the scale by
+            the elements beyond the grid alone (Choi et al., 2018); ``"ewgs"`` is ``"lsq"`` with the gradient that passes
+            multiplied by ``1 + delta sign(gradient) (u - q)`` (Lee et al., CVPR 2021, eq. 5).
+        noise: see above; evaluation is always Q(x), see :meth:`evaluation`.
     """
 
     bits: int = 8
@@ -93,6 +146,7 @@ class QuantSpec:
     signed_zero: bool = True
     grad_scale: str | float = "none"
     scale_is: str = "s"
+    scale_rule: str = "absmax"
     eps: float = TINY
     compute: str = "fp32"
     estimator: str = "ste"
@@ -107,10 +161,26 @@ class QuantSpec:
                 fail(field, "one of " + ", ".join(map(repr, choices)))
         if not _is_int(self.bits) or not 1 <= self.bits <= 16:
             fail("bits", "an integer from 1 to 16")
+        if self.format != "int":
+            width = _WIDTHS[self.format]
+            if self.bits not in (width, QuantSpec.bits):
+                fail("bits", f"{width} with format={self.format!r}", "; leave it out")
+            object.__setattr__(self, "bits", width)
+            for field, want in (("signed", True), ("narrow", False), ("symmetric", True), ("inf", "saturate")):
+                if getattr(self, field) != want:
+                    fail(field, f"{want!r} with format={self.format!r}")
+        if self.noise != "none" and self.rounding == "stochastic":
+            fail("rounding", f"'even' or 'away' with noise={self.noise!r}", ": one draw an element")
+        if self.compute == "input" and (self.noise != "none" or self.rounding == "stochastic"):
+            fail(
+                "compute", "'fp32' with noise or stochastic rounding", ": peers that round every operation draw nothing"
+            )
+        if self.compute == "input" and self.format not in ("int", "ternary"):
+            fail("compute", f"'fp32' with format={self.format!r}")
         for field in ("signed", "narrow", "symmetric", "signed_zero"):
             if not isinstance(getattr(self, field), bool):
                 fail(field, "True or False")
-        if self.narrow and self.bits == 1:
+        if self.narrow and self.bits == 1 and self.format == "int":
             fail("narrow", "False with bits=1", ": a single code would be left")
         if self.axis is not None and not _is_int(self.axis):
             fail("axis", "None or an integer")
@@ -188,16 +258,48 @@ class QuantSpec:
     # Derived values ---------------------------------------------------------------------------------------------
 
     @property
-    def qmin(self) -> int:
-        """Lowest code of the grid."""
+    def qmin(self) -> int | float:
+        """Lowest value of the grid in units of the scale; a float for a minifloat format."""
+        if self.format != "int":
+            return -self.qmax
         return -(1 << (self.bits - 1)) + int(self.narrow) if self.signed else 0
 
     @property
-    def qmax(self) -> int:
-        """Highest code of the grid."""
+    def qmax(self) -> int | float:
+        """Highest value of the grid in units of the scale; a float for a minifloat format."""
+        if self.format in MINIFLOATS:
+            return MINIFLOATS[self.format][0]
+        if self.format != "int":
+            return 1
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1 - int(self.narrow)
 
     @property
+    def ends(self) -> tuple[int, int]:
+        """qmin and qmax as the raw ops take them; minifloat formats have their own."""
+        return (-1, 1) if self.format in MINIFLOATS else (self.qmin, self.qmax)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a call draws random numbers."""
+        return self.noise != "none" or self.rounding == "stochastic"
+
+    @property
+    def trains_scale(self) -> bool:
+        """Whether scale and zero-point get gradients."""
+        return self.estimator != "ste"
+
+    def evaluation(self) -> QuantSpec:
+        """The same quantizer without chance: no noise, ties to even in place of stochastic rounding."""
+        if not self.draws:
+            return self
+        return self.replace(noise="none", rounding="even" if self.rounding == "stochastic" else self.rounding)
+
+    @property
+    def general(self) -> bool:
+        """Whether a call needs the general_quantize ops; the others have a faster form."""
+        return self.rules > 0xFF or self.estimator == "ewgs"
+
+    @functools.cached_property
     def rules(self) -> int:
         """The rule as the bit set that the raw ops take (:data:`RULES`)."""
         chosen = (
@@ -209,6 +311,12 @@ class QuantSpec:
             ("nan_qmin", self.nan == "qmin"),
             ("inf_qmin", self.inf == "qmin"),
             ("positive_zero", not self.signed_zero),
+            ("round_away", self.rounding == "away"),
+            ("round_stochastic", self.rounding == "stochastic"),
+            ("pact", self.estimator == "pact"),
+            ("compute_input", self.compute == "input"),
+            (f"noise_{self.noise}", self.noise != "none"),
+            (self.format, self.format not in ("int", "ternary")),
         )
         return sum(RULES[name] for name, on in chosen if on)
 

@@ -5,61 +5,11 @@
 #include "core/checks.h"
 #include "core/storage.h"
 #include "core/tensor.h"
+#include "cpu/threads.h"
 #include "math/fake_quantize.h"
 
 namespace fastflat::cpu {
 namespace {
-
-// Elements that make a thread worth waking.
-constexpr int64_t grain = 32768;
-// Tasks of a reduction over shared channels: a number that depends on the shape only, so that sums do too.
-constexpr int64_t task_size = 65536;
-constexpr int64_t most_tasks = 256;
-constexpr int64_t most_sums = int64_t{1} << 20;
-
-const void* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
-
-void map(FakeQuantizeLoops::Map loop, const FakeQuantizeCall& call) {
-  const int64_t n = call.geometry.numel();
-  if (n <= grain) {
-    if (n > 0) loop(call, 0, n);
-    return;
-  }
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { loop(call, begin, end); });
-}
-
-// One or two numbers a channel. Where each channel is one run (outer == 1) threads share out channels; otherwise tasks
-// of a fixed size each have their own numbers, combined in task order.
-template <class Combine>
-void reduce(FakeQuantizeLoops::Reduce channels, FakeQuantizeLoops::Reduce range, const FakeQuantizeCall& call,
-            int64_t width, double* result, const Combine& combine) {
-  const Geometry& g = call.geometry;
-  const int64_t n = g.numel();
-  if (n == 0) return;
-  if (g.outer == 1 && (g.channels >= 64 || g.inner < short_run)) {
-    const int64_t per_thread = std::max<int64_t>(1, grain / std::max<int64_t>(g.inner, 1));
-    torch::stable::parallel_for(0, g.channels, per_thread,
-                                [&](int64_t begin, int64_t end) { channels(call, begin, end, result); });
-    return;
-  }
-  const int64_t unit = g.inner < short_run ? g.channels * g.inner : 1;
-  int64_t tasks = std::min({(n + task_size - 1) / task_size, most_tasks, most_sums / g.channels + 1});
-  const int64_t units = n / unit;
-  const int64_t per_task = (units + tasks - 1) / tasks;
-  tasks = (units + per_task - 1) / per_task;
-  if (tasks == 1) return range(call, 0, n, result);
-  const int64_t numbers = width * g.channels;
-  std::vector<double> partial(tasks * numbers, 0.0);
-  torch::stable::parallel_for(
-      0, tasks, std::max<int64_t>(1, grain / (per_task * unit)), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          range(call, t * per_task * unit, std::min(n, (t + 1) * per_task * unit), partial.data() + t * numbers);
-        }
-      });
-  for (int64_t t = 0; t < tasks; ++t) {
-    for (int64_t i = 0; i < numbers; ++i) result[i] = combine(result[i], partial[t * numbers + i]);
-  }
-}
 
 FakeQuantizeCall describe(const Tensor& x, int64_t qmin, int64_t qmax, int64_t axis, int64_t group, double eps,
                           int64_t rules) {
@@ -73,23 +23,6 @@ FakeQuantizeCall describe(const Tensor& x, int64_t qmin, int64_t qmax, int64_t a
   call.x = x.const_data_ptr();
   return call;
 }
-
-// Scale and zero-point, contiguous and checked; the copies live as long as this does.
-struct ScaleTensors {
-  Tensor scale;
-  std::optional<Tensor> zero_point;
-
-  ScaleTensors(const char* op, const Tensor& scale_, const std::optional<Tensor>& zero_point_, const Tensor& x,
-               FakeQuantizeCall& call)
-      : scale(dense(scale_, true)) {
-    check_parameter(op, "scale", scale, x, call.geometry.channels);
-    call.scale = scale.const_data_ptr();
-    if (!zero_point_) return;
-    zero_point = dense(*zero_point_, true);
-    check_parameter(op, "zero_point", *zero_point, x, call.geometry.channels);
-    call.zero_point = zero_point->const_data_ptr();
-  }
-};
 
 Tensor fake_quantize(const Tensor& x_, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t qmin,
                      int64_t qmax, int64_t axis, int64_t group, double eps, int64_t rules,
@@ -167,29 +100,11 @@ Tensor fake_quantize_jvp(const std::optional<Tensor>& tx_, const std::optional<T
   call.factor = factor;
   const ScalarType result = dtype.value_or(x.scalar_type());
   const Pair pair = pair_of(op, x.scalar_type(), result);
-  std::optional<Tensor> tx, ts, tz;
-  bool of_result = false;
-  if (tx_) {
-    check_same_shape(op, "tx", *tx_, x);
-    tx = in_layout_of(*tx_, x);
-    of_result = tx->scalar_type() != x.scalar_type();
-    STD_TORCH_CHECK(!of_result || tx->scalar_type() == result, "fastflat::", op,
-                    ": tx must have the dtype of x or of the result");
-  }
-  if (ts_) {
-    ts = dense(*ts_, true);
-    check_parameter(op, "ts", *ts, x, call.geometry.channels);
-  }
-  if (tz_) {
-    tz = dense(*tz_, true);
-    check_parameter(op, "tz", *tz, x, call.geometry.channels);
-  }
-  call.in = data(tx);
-  call.ts = data(ts);
-  call.tz = data(tz);
+  const Tangents tangents(op, tx_, ts_, tz_, x, result, call.geometry.channels);
+  tangents.point(call);
   Tensor ty = empty_like(x, result, group > 0);
   call.out = ty.mutable_data_ptr();
-  map(of_result ? fake_quantize_loops().tangent_of_result[pair] : fake_quantize_loops().tangent[pair], call);
+  map(tangents.of_result ? fake_quantize_loops().tangent_of_result[pair] : fake_quantize_loops().tangent[pair], call);
   return ty;
 }
 

@@ -78,8 +78,6 @@ struct IntegerGrid {
     grid.eps = static_cast<C>(eps);
     grid.factor = static_cast<C>(factor);
     const C zero = 0;
-    grid.overflow = (rules & rules::inf_qmin) ? grid.qmin : grid.qmax;
-    grid.not_number = (rules & rules::nan_qmin) ? grid.qmin : zero / zero;
     grid.zero_fix = (rules & rules::positive_zero) ? zero : -zero;
     // The plain clamp keeps a -0 that meets qmin; the general one gives qmin itself.
     if (plain) grid.zero_fix = qmin == 0 ? zero : -zero;
@@ -87,13 +85,22 @@ struct IntegerGrid {
     grid.zero_inside = rules & rules::zero_inside;
     grid.zero_float = rules & rules::zero_float;
     grid.pass_all = (rules & rules::mask_none) ? ~Mask(0) : Mask(0);
-    const C infinity = C(1) / zero;
-    const bool after = rules & rules::mask_after;
-    grid.from = after ? -infinity : grid.qmin;
-    grid.to = after ? infinity : grid.qmax;
-    grid.after_from = after ? grid.qmin : -infinity;
-    grid.after_to = after ? grid.qmax : infinity;
+    grid.limit(grid.qmin, grid.qmax, rules);
     return grid;
+  }
+
+  // Sets the ends of the grid and everything that follows from them.
+  FASTFLAT_HD void limit(C lowest, C highest, int64_t rules) {
+    const C zero = 0, infinity = C(1) / zero;
+    const bool after = rules & rules::mask_after;
+    qmin = lowest;
+    qmax = highest;
+    overflow = (rules & rules::inf_qmin) ? qmin : qmax;
+    not_number = (rules & rules::nan_qmin) ? qmin : zero / zero;
+    from = after ? -infinity : qmin;
+    to = after ? infinity : qmax;
+    after_from = after ? qmin : -infinity;
+    after_to = after ? qmax : infinity;
   }
 
   FASTFLAT_HD QuantGroup<C> group(C scale) const {

@@ -15,4 +15,28 @@ inline constexpr int64_t nan_qmin = 32;        // NaN takes the lowest code inst
 inline constexpr int64_t inf_qmin = 64;        // codes of 2^63 and more take the lowest code instead of the highest
 inline constexpr int64_t positive_zero = 128;  // -0 results become +0
 
+// From here on: the general_quantize family alone.
+inline constexpr int64_t round_away = 256;        // ties away from zero instead of to even
+inline constexpr int64_t round_stochastic = 512;  // up with the probability of the fraction
+inline constexpr int64_t pact = 1024;             // the scale's gradient comes from elements beyond the grid only
+inline constexpr int64_t compute_input = 2048;    // every operation is rounded to the storage type of x
+inline constexpr int64_t noise_uniform = 4096;    // y = s clamp(u + nu xi), xi uniform on (-1/2, 1/2)
+inline constexpr int64_t noise_normal = 8192;     // the same with xi normal, variance 1/12
+inline constexpr int64_t noise_temper = 16384;    // y = Q + a (clip - Q) + nu s xi, xi uniform
+inline constexpr int64_t noise_bypass = 32768;    // y = x with probability nu, else Q
+inline constexpr int64_t binary = 65536;          // grid {-1, 1}
+inline constexpr int64_t e4m3 = 131072;           // minifloat grids: exponent and mantissa bits
+inline constexpr int64_t e5m2 = 262144;
+inline constexpr int64_t e3m2 = 524288;
+inline constexpr int64_t e2m3 = 1048576;
+inline constexpr int64_t e2m1 = 2097152;
+inline constexpr int64_t scale_floor = 4194304;   // dynamic scale: power of two, floor(log2 absmax) - emax (OCP MX)
+inline constexpr int64_t scale_ceil = 8388608;    // power of two, ceil(log2 absmax) - emax
+inline constexpr int64_t scale_even = 16777216;   // power of two, absmax rounded to the format's mantissa first
+inline constexpr int64_t scale_rceil = 33554432;  // power of two, ceil(log2(absmax / largest value))
+inline constexpr int64_t scale_e4m3 = 67108864;   // absmax / largest value rounded to e4m3, over an outer scale (NVFP4)
+
+// Rules that only the general_quantize family knows.
+inline constexpr int64_t general = ~int64_t{255};
+
 }  // namespace fastflat::rules

@@ -36,6 +36,7 @@ class Plan(NamedTuple):
     trains_scale: bool
     dtype: torch.dtype | None
     kernels: SimpleNamespace
+    trains_delta: bool = False
 
     @property
     def axis(self) -> int:
@@ -51,7 +52,8 @@ class Plan(NamedTuple):
         return self._replace(grid=(qmin, qmax, axis, group, eps, rules))
 
 
-def _constant_scale(plan: Plan, *tangents: Tensor | None) -> None:
+def constant_scale(plan: Plan, *tangents: Tensor | None) -> None:
+    """Refuse tangents of a scale and zero-point that count as constants."""
     if not plan.trains_scale and any(t is not None for t in tangents):
         raise ValueError(
             "fastflat::fake_quantize: scale and zero_point must carry no tangent with estimator='ste', which takes"
@@ -68,7 +70,7 @@ class Value(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, gy):
@@ -80,7 +82,7 @@ class Value(Function):
 
     @staticmethod
     def jvp(ctx, tx, ts, tz, _):
-        _constant_scale(ctx.plan, ts, tz)
+        constant_scale(ctx.plan, ts, tz)
         x, scale, zero_point = ctx.saved_tensors
         return Tangent.apply(tx, ts, tz, x, scale, zero_point, ctx.plan)
 
@@ -100,7 +102,7 @@ class Gradient(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, cx, cs, cz):
@@ -113,7 +115,7 @@ class Gradient(Function):
 
     @staticmethod
     def jvp(ctx, tgy, _x, ts, tz, _plan):
-        _constant_scale(ctx.plan, ts, tz)
+        constant_scale(ctx.plan, ts, tz)
         gy, x, scale, zero_point = ctx.saved_tensors
         tgy = torch.zeros_like(gy) if tgy is None else tgy
         gx, gs, gz = Gradient.apply(tgy, x, scale, zero_point, ctx.plan)
@@ -144,7 +146,7 @@ class Tangent(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, gy):
@@ -171,7 +173,7 @@ class Tangent(Function):
             pairs = [(tz, scale_tangent), (ts, zero_tangent)]
             crossed = [a * b for a, b in pairs if a is not None and b is not None]
             if crossed:
-                cross = sum(crossed) * (ctx.plan.factor / _held(scale, ctx.plan))
+                cross = sum(crossed) * (ctx.plan.factor / held(scale, ctx.plan))
                 ttz = cross if ttz is None else ttz + cross
         return Tangent.apply(ttx, tts, ttz, x, scale, zero_point, ctx.plan)
 
@@ -194,7 +196,7 @@ class AbsmaxValue(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
-        _remember(ctx, inputs[0], output[1], inputs[1])
+        remember(ctx, inputs[0], output[1], inputs[1])
 
     @staticmethod
     def backward(ctx, gy, _):
@@ -301,7 +303,8 @@ def fake_quantize_absmax(x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     return function.apply(x, plan)
 
 
-def _remember(ctx, *inputs_and_plan) -> None:
+def remember(ctx, *inputs_and_plan) -> None:
+    """Keep the tensors and the plan of a call for every derivative."""
     *tensors, ctx.plan = inputs_and_plan
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
@@ -334,7 +337,8 @@ def _trained(plan, zero_point, of_scale, of_zero):
     return of_scale, of_zero if zero_point is not None else None
 
 
-def _held(scale, plan):
+def held(scale, plan):
+    """The scale as kernels use it."""
     return scale.clamp(min=plan.grid[4])
 
 
@@ -343,5 +347,5 @@ def _crossed(plan, gy, x, scale, zero_point, with_scale, with_zero):
     if zero_point is None or not plan.trains_scale or (with_scale is None and with_zero is None):
         return None, None
     _, _, gz = Gradient.apply(gy, x, scale, zero_point, plan._replace(factor=1.0))
-    second = gz * (plan.factor**2 / _held(scale, plan))
+    second = gz * (plan.factor**2 / held(scale, plan))
     return (None if with_scale is None else second * with_scale), (None if with_zero is None else second * with_zero)

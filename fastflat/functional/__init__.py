@@ -3,5 +3,6 @@
 
 from fastflat.functional._fake_quantize import fake_quantize, fake_quantize_dynamic
 from fastflat.functional._mixquant import frac_quantize, mixquant
+from fastflat.functional._noise import draw_state
 
-__all__ = ["fake_quantize", "fake_quantize_dynamic", "frac_quantize", "mixquant"]
+__all__ = ["draw_state", "fake_quantize", "fake_quantize_dynamic", "frac_quantize", "mixquant"]

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from fastflat import _checks
 from fastflat._ops import compute_dtype
-from fastflat._spec import QuantSpec
+from fastflat._spec import RULES, QuantSpec
 from fastflat.autograd import fake_quantize as rule
+from fastflat.autograd import general_quantize as general
 from fastflat.backends import forced_backend, kernels
+from fastflat.functional import _noise
 
 __all__ = ["fake_quantize", "fake_quantize_dynamic"]
 
@@ -24,32 +26,50 @@ def fake_quantize(
     zero_point: Tensor | None = None,
     *,
     spec: QuantSpec,
+    nu: Tensor | float | None = None,
+    a: Tensor | float | None = None,
+    delta: Tensor | float | None = None,
+    generator: torch.Generator | None = None,
+    state: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Quantize and dequantize x on the integer grid of `spec`, in one pass forward and one backward.
+    """Quantize and dequantize x on the grid of `spec`, with noise if it asks for some, in one pass forward and one
+    backward.
 
     Formula, with ``s = max(scale, spec.eps)``, ``z`` the zero-point (0 without one) and the default conventions::
 
         y = (clamp(round(x / s) + z, qmin, qmax) - z) * s
 
-    Ties round to the even neighbour; :class:`QuantSpec` states the other conventions. Arithmetic runs in fp32 (fp64
-    for fp64 x) and is rounded once to the storage type; all backends give the same bits.
+    Ties round to the even neighbour; :class:`QuantSpec` states the other conventions, formats and kinds of noise.
+    Arithmetic runs in fp32 (fp64 for fp64 x) and is rounded once to the storage type; all backends give the same bits.
 
-    Gradients (straight-through, mask m of elements on the grid, residual frozen, ``f = spec.grad_scale``'s factor)::
+    Gradients (straight-through, with u = x/s, y = d s, the mask m of elements on the grid and the residual frozen,
+    ``f`` the factor of ``spec.grad_scale``)::
 
-        dL/dx = m dL/dy
-        dL/ds = f sum(dL/dy ((q - z) - m x/s))          estimator="lsq"; "ste" takes s and z as constants
-        dL/dz = -f s sum(dL/dy (1 - m))
+        dL/dx = m k dL/dy                                     k = 1; "ewgs": 1 + delta sign(dL/dy) (u - d)
+        dL/ds = f sum(dL/dy (d - m k u))                      "lsq", "ewgs"; "ste" takes s and z as constants
+        dL/ds = f sum(dL/dy (1 - m) d)                        "pact"
+        dL/dz = -f s sum(dL/dy (1 - m k))
+        dL/ddelta = sum(m |dL/dy| (u - d) x)                  if delta requires a gradient: that of y = Q + k x with
+                                                              Q and k's sign and residual frozen
 
-    Double backward, forward mode, ``torch.func`` and ``vmap`` follow the same frozen form, which is linear in each of
-    x, s and z.
+    Noise adds its term to d and leaves these formulas; ``bypass`` has m = 1, d = u where it keeps x. Nothing but the
+    inputs and the 16-byte random state is saved: backward draws the same numbers again. Double backward, forward mode,
+    ``torch.func`` and ``vmap`` follow the same frozen form, which is linear in each of x, s and z; in them "ewgs" counts
+    as "lsq", since it is the gradient of nothing.
 
     Args:
         x: any shape and dense layout (strided input costs one copy); float32, bfloat16, float16 or float64.
         scale: ``[]`` (axis and group None), ``[C]`` (axis) or ``[..., K/group]`` (group), in float32 (float64 for
-            float64 x) or the dtype of x.
+            float64 x) or the dtype of x. What it holds, ``spec.scale_is`` says.
         zero_point: None, or like scale, in units of codes; needs ``spec.symmetric=False``.
         spec: the quantizer.
+        nu: amplitude of the noise (default 1), the share of kept elements with ``noise="bypass"``; a number or a
+            0-dim tensor on the device of x, which a schedule may change without a new graph or a synchronisation.
+        a: share of the residual that ``noise="temper"`` gives back (default 0).
+        delta: factor of ``estimator="ewgs"``, which needs it.
+        generator: of the draws; default the device's. ``torch.manual_seed`` and CUDA graphs are honoured.
+        state: int64[2] of :func:`fastflat.draw_state`, to draw the same numbers in several calls.
         dtype: storage type of the result, to cast an fp32 x to bfloat16 or float16 in the same pass.
 
     Returns:
@@ -58,17 +78,58 @@ def fake_quantize(
     Raises:
         TypeError, ValueError: an argument does not fit, in one line that names it, what was wanted and what came.
 
-    Source: Jacob et al., CVPR 2018 (affine grid); Esser et al., ICLR 2020, eq. 1-5 (LSQ); Bhalgat et al., 2020 (LSQ+).
+    Source: Jacob et al., CVPR 2018 (affine grid); Esser et al., ICLR 2020, eq. 1-5 (LSQ); Bhalgat et al., 2020 (LSQ+);
+    Choi et al., 2018 (PACT); Lee et al., CVPR 2021, eq. 5 (EWGS); Defossez et al., 2022 (uniform noise); Fan et al.,
+    ICLR 2021 (bypass); Wang et al., 2022 (temper).
     """
-    plan = _plan("fake_quantize", x, scale, zero_point, spec, dtype)
+    op = "fake_quantize"
+    plan = _plan(op, x, scale, zero_point, spec, dtype)
     compute = compute_dtype(x.dtype)
     if scale.dtype is not compute:
         scale = scale.to(compute)
     if zero_point is not None and zero_point.dtype is not compute:
         zero_point = zero_point.to(compute)
+    if spec.scale_is != "s":
+        scale = scale_value(scale, spec)
     if _checks.VALUES_WANTED:
-        _checks.scale_values("fake_quantize", scale)
-    return rule.fake_quantize(x, scale, zero_point, plan)
+        _checks.scale_values(op, scale)
+    if plan.grid[5] <= 0xFF and spec.estimator != "ewgs":
+        if nu is not None or a is not None or delta is not None or generator is not None or state is not None:
+            _unwanted(op, spec, nu=nu, a=a, delta=delta, generator=generator, state=state)
+        return rule.fake_quantize(x, scale, zero_point, plan)
+    if spec.draws:
+        state = _noise.state_for(op, x, state, generator)
+    else:
+        _unwanted(op, spec, generator=generator, state=state)
+    if nu is not None:
+        nu = _noise.scalar(op, "nu", nu, x, compute) if spec.noise != "none" else _unwanted(op, spec, nu=nu)
+    if a is not None:
+        a = _noise.scalar(op, "a", a, x, compute) if spec.noise == "temper" else _unwanted(op, spec, a=a)
+    if spec.estimator == "ewgs":
+        if delta is None:
+            _checks.fail(op, "delta", "be given with estimator='ewgs'", None, "; a number or a 0-dim tensor")
+        delta = _noise.scalar(op, "delta", delta, x, compute)
+        plan = plan._replace(trains_delta=delta.requires_grad)
+    elif delta is not None:
+        _unwanted(op, spec, delta=delta)
+    return general.general_quantize(x, scale, zero_point, state, nu, a, delta, plan)
+
+
+def scale_value(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale s that a tensor of ``spec.scale_is`` stands for, differentiable."""
+    if spec.scale_is == "log2":
+        # Through fp64: rounded once to fp32, it has the same bits on every device.
+        return torch.exp2(scale.double()).to(scale.dtype)
+    return scale / (max(spec.qmax, 1) if spec.scale_is == "absmax" else spec.qmax - spec.qmin)
+
+
+def _unwanted(op: str, spec: QuantSpec, **arguments: object) -> None:
+    """Refuse what a deterministic or otherwise unfitting spec has no use for."""
+    for name, value in arguments.items():
+        if value is not None:
+            needs = {"delta": "estimator='ewgs'", "a": "noise='temper'", "nu": "noise"}.get(name, "noise or rounding")
+            got = f"noise={spec.noise!r}, rounding={spec.rounding!r}, estimator={spec.estimator!r}"
+            _checks.fail(op, name, f"be None unless the spec has {needs}", f"a value with {got}")
 
 
 def fake_quantize_dynamic(x: Tensor, *, spec: QuantSpec, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -100,7 +161,10 @@ def fake_quantize_dynamic(x: Tensor, *, spec: QuantSpec, dtype: torch.dtype | No
 
 
 def _grid(spec: QuantSpec, x: Tensor) -> tuple[int, int, int, int, float, int]:
-    return (spec.qmin, spec.qmax, _checks.axis_of(spec, x.dim()), spec.group or 0, spec.eps, spec.rules)
+    rules = spec.rules
+    if x.element_size() > 2:
+        rules &= ~RULES["compute_input"]  # arithmetic in the type of x is what there is
+    return (*spec.ends, _checks.axis_of(spec, x.dim()), spec.group or 0, spec.eps, rules)
 
 
 def _kernels_for(x: Tensor):
@@ -145,4 +209,4 @@ def _checked_plan(
         hint = "; use estimator='lsq' to train them, or detach them"
         _checks.fail(op, "scale and zero_point", "need no gradient with estimator='ste'", "requires_grad=True", hint)
     factor = spec.grad_factor(x.numel(), max(scale.numel(), 1))
-    return rule.Plan(_grid(spec, x), factor, spec.estimator == "lsq", dtype, _kernels_for(x))
+    return rule.Plan(_grid(spec, x), factor, spec.trains_scale, dtype, _kernels_for(x))

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+// Fake-quantization by every rule of QuantSpec: number formats, all roundings, noise, PACT and EWGS. The integer grid
+// of fake_quantize.h is the fast form of the commonest of them; where both apply they give the same bits.
+//
+//   u = x / s   or   x * (1/s)               xi: one draw an element (noise.h)
+//   none, stochastic, temper, bypass         r = round(u + z_in) + z_out    q = clamp(r)     d = q - z
+//   additive noise                           r = (u + z_in) + nu xi + z_out, not rounded
+//   temper                                   d = d + a (clip - d) + nu xi,  clip = clamp(u + z) - z
+//   y = d s                                  bypass: y = x where xi < nu
+//
+// Derivatives as in fake_quantize.h, with the mask m and the residual frozen: dy/dx = m, dy/ds = d - m u,
+// dy/dz = -(1 - m) s. PACT: dy/ds = (1 - m) d. EWGS: the gradient that passes is gy (1 + delta sign(gy) e), e = u - d
+// before tempering.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "convert.h"
+#include "fake_quantize.h"
+#include "macros.h"
+#include "minifloat.h"
+#include "round.h"
+#include "rules.h"
+
+namespace fastflat {
+
+enum class Noise { none, additive, stochastic, temper, bypass };
+
+FASTFLAT_HD Noise noise_of(int64_t rules) {
+  if (rules & (rules::noise_uniform | rules::noise_normal)) return Noise::additive;
+  if (rules & rules::noise_temper) return Noise::temper;
+  if (rules & rules::noise_bypass) return Noise::bypass;
+  return rules & rules::round_stochastic ? Noise::stochastic : Noise::none;
+}
+
+inline constexpr int64_t minifloats = rules::e4m3 | rules::e5m2 | rules::e3m2 | rules::e2m3 | rules::e2m1;
+
+// a where the mask is set, else b.
+template <class C>
+FASTFLAT_HD C choose(typename MaskOf<C>::type mask, C a, C b) {
+  using Bits = typename MaskOf<C>::type;
+  return bit_cast<C>((bit_cast<Bits>(a) & mask) | (bit_cast<Bits>(b) & ~mask));
+}
+
+template <class C>
+FASTFLAT_HD typename MaskOf<C>::type mask_of(bool condition) {
+  return typename MaskOf<C>::type(0) - typename MaskOf<C>::type(condition);
+}
+
+// What a result is rounded to after each operation: nothing, or a 16-bit storage type (rules::compute_input).
+struct Exact {
+  template <class C>
+  FASTFLAT_HD C operator()(C v) const {
+    return v;
+  }
+};
+template <class Storage>
+struct RoundedTo {
+  FASTFLAT_HD float operator()(float v) const { return load(store<Storage>(v)); }
+};
+
+// What one scale shares. u = (x * mul) / div: one of the two is 1, and both are exact by it.
+template <class C>
+struct GeneralGroup {
+  C s, mul, div;
+  C z_in, z_out, z;
+};
+
+// Device scalars of a call.
+template <class C>
+struct NoiseScale {
+  C nu, a;
+};
+
+template <class C>
+struct GeneralGrid {
+  using Mask = typename MaskOf<C>::type;
+
+  IntegerGrid<C> base;  // limits and conventions
+  Minifloat<C> format;
+  Mask away, binary, pact;
+
+  FASTFLAT_HD static bool floats(int64_t rules) { return (rules & minifloats) != 0; }
+
+  FASTFLAT_HD static GeneralGrid make(int64_t qmin, int64_t qmax, double eps, double factor, int64_t rules) {
+    GeneralGrid grid;
+    grid.base = IntegerGrid<C>::make(qmin, qmax, eps, factor, rules);
+    grid.format = Minifloat<C>::make(rules);
+    if (rules & (minifloats | rules::binary)) grid.base.limit(-grid.format.largest, grid.format.largest, rules);
+    grid.away = mask_of<C>(rules & rules::round_away);
+    grid.binary = mask_of<C>(rules & rules::binary);
+    grid.pact = mask_of<C>(rules & rules::pact);
+    return grid;
+  }
+
+  template <class Precision = Exact>
+  FASTFLAT_HD GeneralGroup<C> group(C scale, Precision precision = {}) const {
+    return of(base.group(scale), precision);
+  }
+  template <class Precision = Exact>
+  FASTFLAT_HD GeneralGroup<C> group(C scale, C zero_point, Precision precision = {}) const {
+    return of(base.group(scale, zero_point), precision);
+  }
+
+  struct Code {
+    C u;      // x in units of the scale
+    C d;      // y in units of the scale
+    C e;      // u - (q - z): what rounding took away
+    Mask in;  // m: the gradient passes
+    Mask kept;
+  };
+
+  // `floats` and `noise` follow from the rules; callers that know them at compile time pass constants.
+  template <class Precision = Exact>
+  FASTFLAT_HD Code code(C x, C xi, const GeneralGroup<C>& g, const NoiseScale<C>& scale, bool floats, Noise noise,
+                        Precision precision = {}) const {
+    Code c;
+    c.kept = 0;
+    c.u = precision((x * g.mul) / g.div);
+    C v = precision(c.u + g.z_in);
+    if (noise == Noise::additive) v = v + scale.nu * xi;
+    const C w = precision(v + g.z_out);
+    C r;
+    if (noise == Noise::additive) {
+      r = w;
+    } else if (floats) {
+      // Beyond twice the largest value nothing new happens, and steps stay finite.
+      const C bound = format.largest + format.largest;
+      const C lifted = v > -bound ? v : -bound;
+      const C near = lifted < bound ? lifted : bound;
+      const C step = format.step(near);
+      r = rounded(near * inverse_power(step), xi, noise) * step;
+    } else {
+      const C whole = precision(rounded(v, xi, noise) + g.z_out);
+      r = choose(binary, sign(v, xi, noise), whole);
+    }
+    const C lifted = r > base.qmin ? r : base.qmin;
+    const C clamped = lifted < base.qmax ? lifted : base.qmax;
+    const C beyond = w == w ? base.overflow : base.not_number;
+    const C q = (r < C(9223372036854775808.0)) & (w == w) ? clamped : beyond;
+    c.d = precision(q - g.z) + base.zero_fix;
+    c.e = c.u - c.d;
+    const bool on_grid = (w >= base.from) & (w <= base.to) & (r >= base.after_from) & (r <= base.after_to);
+    c.in = base.pass_all | mask_of<C>(on_grid);
+    if (noise == Noise::temper) {
+      const C up = w > base.qmin ? w : base.qmin;
+      const C clip = (up < base.qmax ? up : base.qmax) - g.z;
+      c.d = (c.d + scale.a * (clip - c.d)) + scale.nu * xi;
+    }
+    if (noise == Noise::bypass) {
+      c.kept = mask_of<C>(xi < scale.nu);
+      // A kept element has no share in the scale: u = d = 0 say so, whatever u was.
+      c.u = keep<C>(~c.kept, c.u);
+      c.d = keep<C>(~c.kept, c.d);
+      c.e = keep<C>(~c.kept, c.e);
+      c.in = c.in | c.kept;
+    }
+    return c;
+  }
+
+  // y
+  template <class Precision = Exact>
+  FASTFLAT_HD C forward(C x, C xi, const GeneralGroup<C>& g, const NoiseScale<C>& scale, bool floats, Noise noise,
+                        Precision precision = {}) const {
+    const Code c = code(x, xi, g, scale, floats, noise, precision);
+    const C y = c.d * g.s;
+    return noise == Noise::bypass ? choose(c.kept, x, y) : y;
+  }
+
+  struct Gradient {
+    C x;        // dL/dx
+    C scale;    // this element's share of dL/ds
+    C outside;  // of sum(gy - what passes); dL/dz = -s times the sum
+    C delta;    // of dL/d delta
+  };
+
+  // delta = 0 is the straight-through rule, in every bit.
+  FASTFLAT_HD Gradient backward(C gy, C x, const Code& c, C delta) const {
+    const C straight = keep<C>(c.in, gy);
+    const C size = std::fabs(straight), e = keep<C>(c.in, c.e);
+    // gy delta sign(gy) e, with sign(0) = 0 by the product itself.
+    const Mask scaled = mask_of<C>(delta != C(0));
+    const C extra = keep<C>(scaled, size * (delta * e));
+    const C inner = keep<C>(c.in, choose(pact, c.d, c.u));
+    return {choose(scaled, straight + extra, straight), gy * (c.d - inner) - extra * keep<C>(c.in, c.u),
+            keep<C>(~c.in, gy) - extra, (size * e) * x};
+  }
+
+  FASTFLAT_HD C tangent(C tx, C ts, C tz, const Code& c, const GeneralGroup<C>& g) const {
+    const C through = keep<C>(c.in, tx);
+    const C inner = keep<C>(c.in, choose(pact, c.d, c.u));
+    const C by_scale = (c.d - inner) * (ts * base.factor);
+    const C by_zero = keep<C>(~c.in, g.s * (tz * base.factor));
+    return (through + by_scale) - by_zero;
+  }
+
+ private:
+  template <class Precision>
+  FASTFLAT_HD GeneralGroup<C> of(const QuantGroup<C>& g, Precision precision) const {
+    const C one = 1;
+    return {g.s, base.reciprocal ? precision(g.inv) : one, base.reciprocal ? one : g.s, g.z_in, g.z_out, g.z};
+  }
+
+  // An integer beside v by the rounding of the rules.
+  FASTFLAT_HD C rounded(C v, C xi, Noise noise) const {
+    const C even = round_even(v);
+    if (noise == Noise::stochastic) {
+      const C floor = choose(mask_of<C>(even > v), even - C(1), even);
+      return choose(mask_of<C>(xi < v - floor), floor + C(1), floor);
+    }
+    // A tie that went towards zero goes the other way.
+    const C rest = v - even;
+    const C unit = std::copysign(C(1), v);
+    return choose(away & mask_of<C>(rest * unit == C(0.5)), even + unit, even);
+  }
+
+  // The grid {-1, 1}: sign(v), with +1 at both zeros; stochastically with the mean v.
+  FASTFLAT_HD C sign(C v, C xi, Noise noise) const {
+    if (noise == Noise::stochastic) return xi < (v + C(1)) * C(0.5) ? C(1) : C(-1);
+    return v < C(0) ? C(-1) : C(1);
+  }
+};
+
+}  // namespace fastflat
