@@ -30,7 +30,7 @@ PERCENTILE = 99.99
 def method_for(spec: QuantSpec, method: str | None, q: float | None = None) -> str:
     """The method asked for, or the usual one of the spec; refused if the spec or the percentile q does not fit it."""
     if method is None:
-        method = "minmax" if not spec.symmetric else "lsq" if spec.estimator == "lsq" else "absmax"
+        method = "minmax" if not spec.symmetric else "lsq" if spec.estimator in ("lsq", "ewgs") else "absmax"
     fitting = ("lsq", "absmax") if spec.symmetric else ("minmax",)
     fitting += ("moving", "percentile", "mse")
     if method not in fitting:
@@ -129,7 +129,7 @@ class Statistics:
             )
 
     def result(self, label: str) -> tuple[Tensor, Tensor | None]:
-        """(scale, zero_point); zero_point is None for a symmetric spec.
+        """(scale, zero_point) in the form of ``spec.scale_is``; zero_point is None for a symmetric spec.
 
         A scale whose data are all zero takes the largest one beside it: every positive value represents them.
 
@@ -156,7 +156,8 @@ class Statistics:
             if self.method == "percentile" and bool((absmax > 0).any()):
                 got = f"a percentile (q={100 * self.share:g}) that is zero; raise q"
             raise ValueError(f"fastflat::{label}: scale must be finite and positive, got {got}")
-        return scale.reshape(self.shape), None if zero_point is None else zero_point.reshape(self.shape)
+        scale = _held(scale, spec).reshape(self.shape)
+        return scale, None if zero_point is None else zero_point.reshape(self.shape)
 
     def _magnitude(self, absmax: Tensor) -> Tensor:
         """The percentile of |x|."""
@@ -179,6 +180,23 @@ class Statistics:
         if self.data is not None:
             return _search.error_on_data(self.data, self.spec, self.shape, self._rows)
         return _search.error_on_histogram(self.histogram, self.spec)
+
+
+def step_of(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The step s that a scale of the form ``spec.scale_is`` stands for."""
+    if spec.scale_is == "log2":
+        return scale.double().exp2().to(scale.dtype)  # rounded once: the bits that the quantizer takes
+    return scale / _steps_in(spec)
+
+
+def _held(step: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale of the form ``spec.scale_is`` that stands for a step."""
+    return step.log2() if spec.scale_is == "log2" else step * _steps_in(spec)
+
+
+def _steps_in(spec: QuantSpec) -> float:
+    """How many steps what the scale holds is long."""
+    return {"s": 1, "absmax": max(spec.qmax, 1), "range": spec.qmax - spec.qmin}[spec.scale_is]
 
 
 def _floats(rows: Tensor) -> Tensor:

@@ -99,7 +99,8 @@ def error_on_data(x: Tensor, spec: QuantSpec, shape: tuple[int, ...], rows: Call
     extreme = float(x.abs().amax())
     modest = x.dtype != torch.float64 and (_MODEST[0] < extreme < _MODEST[1])
     x = x.float() if modest else x.double()
-    plain = spec.replace(estimator="ste", grad_scale="none")
+    form = {"estimator": "ste", "grad_scale": "none", "noise": "none", "scale_is": "s"}
+    plain = spec.replace(**form, rounding="even" if spec.rounding == "stochastic" else spec.rounding)
 
     def error(scale: Tensor, zero_point: Tensor | None) -> Tensor:
         parameters = [None if p is None else p.to(x.dtype).reshape(shape) for p in (scale, zero_point)]

@@ -189,19 +189,10 @@ def _exported(name: str, layer: QuantLayer, which: str, quantizer: Quantizer, dt
     codes = q.round().nan_to_num(0.0).clamp(spec.qmin, spec.qmax).to(torch.int32).to(storage)
     kind = str(dtype or weight.dtype).removeprefix("torch.")
     made = LayerCodes(codes, scale.clone(), None if zero_point is None else zero_point.clone(), rule.to_dict(), kind)
-    if not torch.equal(made.dequantize(), _evaluated(quantizer, weight, dtype)):
+    if not torch.equal(made.dequantize(), quantizer.evaluated(weight, dtype)):
         want = "be finite and quantized by the integer rule of its spec"
         _checks.fail(label, "weight", want, "one that no codes reproduce", "; mend it or skip the layer")
     return made
-
-
-def _evaluated(quantizer: Quantizer, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The quantized weight in evaluation, which knows no noise."""
-    training = quantizer.training
-    try:
-        return quantizer.eval()(weight, dtype)
-    finally:
-        quantizer.train(training)
 
 
 def _checked(name: str, given: LayerCodes, layer: QuantLayer, which: str, quantizer: Quantizer) -> Tensor:

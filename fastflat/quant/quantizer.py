@@ -18,11 +18,12 @@ from fastflat.quant import _initial
 class Quantizer(nn.Module):
     """``y = fake_quantize(x, scale, zero_point, spec=spec)`` with state.
 
-    ``scale`` (and ``zero_point``, for ``spec.symmetric=False``) is an ``nn.Parameter`` with ``estimator="lsq"`` and a
-    buffer with ``"ste"``. A new quantizer has no scale yet: the tensor holds ones and a forward call raises, until
-    :meth:`initialise_from`, :meth:`set_scale`, :func:`fastflat.calibrate` or ``load_state_dict`` gives it one. Values
-    are checked there and never in ``forward``, which does not synchronise with the device. Training and evaluation
-    mode compute the same: hard rounding.
+    ``scale`` (and ``zero_point``, for ``spec.symmetric=False``) is a buffer with ``estimator="ste"`` and an
+    ``nn.Parameter`` with the others, which train it. A new quantizer has no scale yet: the tensor holds ones and a
+    forward call raises, until :meth:`initialise_from`, :meth:`set_scale`, :func:`fastflat.calibrate` or
+    ``load_state_dict`` gives it one. Values are checked there and never in ``forward``, which does not synchronise with
+    the device. Training and evaluation mode compute the same, but for the noise (or stochastic rounding) of a spec:
+    evaluation has none.
 
     Args:
         spec: the quantizer.
@@ -69,7 +70,7 @@ class Quantizer(nn.Module):
         return cls(spec, shape, device=x.device, dtype=compute_dtype(x.dtype))
 
     def _hold(self, name: str, value: Tensor | None) -> None:
-        if self.spec.estimator == "lsq":
+        if self.spec.estimator != "ste":
             self.register_parameter(name, None if value is None else nn.Parameter(value))
         else:
             self.register_buffer(name, value)
@@ -88,7 +89,32 @@ class Quantizer(nn.Module):
 
     def quantize(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         """The quantization itself; other implementations of the same rule override it."""
-        return fake_quantize(x, self.scale, self.zero_point, spec=self.spec, dtype=dtype)
+        spec = self.spec if self.training else self._evaluation
+        return fake_quantize(x, self.scale, self.zero_point, spec=spec, dtype=dtype)
+
+    def evaluated(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Q(x) as in evaluation, whatever the mode."""
+        training = self.training
+        try:
+            return self.eval()(x, dtype)
+        finally:
+            self.train(training)
+
+    @property
+    def spec(self) -> QuantSpec:
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: QuantSpec) -> None:
+        self._spec = self._evaluation = spec
+        if spec.noise != "none" or spec.rounding == "stochastic":
+            rounding = "even" if spec.rounding == "stochastic" else spec.rounding
+            self._evaluation = spec.replace(noise="none", rounding=rounding)
+
+    @property
+    def step(self) -> Tensor:
+        """The step s that the scale stands for: the scale itself unless ``spec.scale_is`` says otherwise."""
+        return _initial.step_of(self.scale, self.spec)
 
     @torch.no_grad()
     def initialise_from(self, x: Tensor, method: str | None = None, *, q: float | None = None) -> None:
@@ -116,7 +142,7 @@ class Quantizer(nn.Module):
             ValueError: a scale is zero, negative or not finite, or a zero-point is not finite.
         """
         scale = torch.as_tensor(scale, dtype=self.scale.dtype, device=self.scale.device).expand_as(self.scale)
-        self.check_values({"scale": scale, "zero_point": zero_point}, self.label)
+        self.check_values({"scale": scale, "zero_point": zero_point}, self.label, self.spec.scale_is)
         if zero_point is not None:
             if self.zero_point is None:
                 _checks.fail(self.label, "zero_point", "be None with spec.symmetric=True", "a tensor")
@@ -131,9 +157,14 @@ class Quantizer(nn.Module):
         return self.name or type(self).__name__
 
     @staticmethod
-    def check_values(state: dict[str, Tensor | None], label: str) -> None:
-        """Raise the one-line error if a scale is not positive and finite or a zero-point is not finite."""
-        _checks.scale_values(label, torch.as_tensor(state["scale"]))
+    def check_values(state: dict[str, Tensor | None], label: str, scale_is: str = "s") -> None:
+        """Raise the one-line error if a scale is not positive and finite (a logarithm: finite) or a zero-point is not
+        finite."""
+        scale = torch.as_tensor(state["scale"])
+        if scale_is != "log2":
+            _checks.scale_values(label, scale)
+        elif not bool(torch.isfinite(scale).all()):
+            _checks.fail(label, "scale", "be finite", "nan or inf", "; calibrate first")
         zero_point = state.get("zero_point")
         if zero_point is not None and not bool(torch.isfinite(torch.as_tensor(zero_point)).all()):
             _checks.fail(label, "zero_point", "be finite", "nan or inf")
@@ -147,7 +178,7 @@ class Quantizer(nn.Module):
             if mine is not None and tuple(own[key].shape) != tuple(mine.shape):
                 _checks.fail(label, key, f"have shape {list(mine.shape)}", list(own[key].shape))
         if "scale" in own and bool(own.get("initialised", True)):
-            self.check_values(own, label)
+            self.check_values(own, label, self.spec.scale_is)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         self.check_state(state_dict, prefix)

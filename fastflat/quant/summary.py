@@ -27,7 +27,7 @@ class LayerSummary:
         activation_scale: mean scale of the layer's inputs.
         clipped: share of the weights whose code was beyond the grid's ends.
         snr: ``10 log10(sum w^2 / sum (Q(w) - w)^2)`` in dB; infinite where the grid represents the weights exactly.
-        codes: number of weights on each code from qmin to qmax (grids of up to 8 bits).
+        codes: number of weights on each code from qmin to qmax (integer grids of up to 8 bits).
         lowest: the code of the first entry of ``codes``.
     """
 
@@ -67,11 +67,11 @@ def _row(name: str, layer: nn.Module, which: str) -> LayerSummary:
     if of_inputs:
         known = None
         if all(q.calibrated for q in of_inputs):
-            known = float(torch.cat([q.scale.flatten() for q in of_inputs]).mean())
+            known = float(torch.cat([q.step.flatten() for q in of_inputs]).mean())
         row = dataclasses.replace(row, activation_bits=of_inputs[0].spec.bits, activation_scale=known)
     if of_weight is None or not of_weight.calibrated:
         return row
-    spec, scale = of_weight.spec, of_weight.scale
+    spec, scale = of_weight.spec, of_weight.step
     clipped, codes = _codes(weight, of_weight)
     return dataclasses.replace(
         row,
@@ -79,7 +79,7 @@ def _row(name: str, layer: nn.Module, which: str) -> LayerSummary:
         weight_scale=float(scale.mean()),
         weight_scale_range=(float(scale.min()), float(scale.max())),
         clipped=clipped,
-        snr=_snr(weight, of_weight(weight)),
+        snr=_snr(weight, of_weight.evaluated(weight)),
         codes=codes,
         lowest=spec.qmin if codes is not None else None,
     )
@@ -88,12 +88,12 @@ def _row(name: str, layer: nn.Module, which: str) -> LayerSummary:
 def _codes(weight: Tensor, quantizer: Quantizer) -> tuple[float, tuple[int, ...] | None]:
     """Share of clipped weights, and the histogram of the codes."""
     spec = quantizer.spec
-    steps = weight.double() / _spread(quantizer.scale, weight, quantizer).clamp(min=spec.eps)
+    steps = weight.double() / _spread(quantizer.step, weight, quantizer).clamp(min=spec.eps)
     if quantizer.zero_point is not None:
         steps = steps + _spread(quantizer.zero_point, weight, quantizer)
-    codes = steps.round()
+    codes = steps.round() if spec.format == "int" else steps
     clipped = float(((codes < spec.qmin) | (codes > spec.qmax)).double().mean()) if weight.numel() else 0.0
-    if spec.bits > 8:
+    if spec.bits > 8 or spec.format != "int":
         return clipped, None
     counts = torch.bincount((codes.clamp(spec.qmin, spec.qmax) - spec.qmin).long().flatten())
     counts = nn.functional.pad(counts, (0, spec.qmax - spec.qmin + 1 - counts.numel()))

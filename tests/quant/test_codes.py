@@ -202,6 +202,25 @@ def test_weights_without_codes_are_refused(change, message):
         export_codes(ff.prepare(Net(), activations=ACTIVATIONS))
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (ff.QuantSpec(format="e4m3"), "spec.format must be 'int' for integer codes, got 'e4m3'"),
+        (ff.QuantSpec(format="binary"), "spec.format must be 'int' for integer codes, got 'binary'"),
+        (ff.QuantSpec(bits=4, scale_is="log2"), "spec.scale_is must be 's' for integer codes, got 'log2'"),
+        (ff.QuantSpec(bits=4, rounding="stochastic"), "spec.rounding must be deterministic: a draw has no code"),
+    ],
+)
+def test_rules_without_codes_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        export_codes(made(spec))
+
+
+def test_noise_of_training_leaves_the_codes_as_they_are():
+    noisy, plain = (export_codes(made(ff.QuantSpec(bits=4, axis=0, noise=noise))) for noise in ("uniform", "none"))
+    assert all(torch.equal(noisy[name].codes, plain[name].codes) for name in plain)
+
+
 def other(exported, **changes):
     return {**exported, "fc.weight": dataclasses.replace(exported["fc.weight"], **changes)}
 

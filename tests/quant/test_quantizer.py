@@ -162,3 +162,56 @@ def test_the_builtin_quantizer_rounds_to_the_same_codes(axis):
     torch.testing.assert_close(builtin(x), ours(x), rtol=1e-6, atol=0)
     builtin(x).sum().backward()
     assert builtin.scale.grad.shape == builtin.scale.shape
+
+
+@pytest.mark.parametrize("estimator", ["pact", "ewgs"])
+def test_every_estimator_but_ste_trains_its_scale(estimator):
+    q = Quantizer(ff.QuantSpec(bits=4, estimator=estimator))
+    assert isinstance(q.scale, torch.nn.Parameter)
+
+
+@pytest.mark.parametrize("scale_is", ["log2", "absmax", "range"])
+@pytest.mark.parametrize("method", ["absmax", "percentile", "mse"])
+def test_scales_are_found_in_the_form_that_the_spec_holds(scale_is, method):
+    x = 0.01 * torch.randn(200)
+    plain = Quantizer.like(x, ff.QuantSpec(bits=4))
+    plain.initialise_from(x, method)
+    q = Quantizer.like(x, ff.QuantSpec(bits=4, scale_is=scale_is))
+    q.initialise_from(x, method)
+    torch.testing.assert_close(q.step, plain.scale, rtol=1e-6, atol=0)
+    held = {"log2": plain.scale.log2(), "absmax": 7 * plain.scale, "range": 15 * plain.scale}[scale_is]
+    torch.testing.assert_close(q.scale, held, rtol=1e-6, atol=0)
+    torch.testing.assert_close(q(x), plain(x), rtol=1e-5, atol=0)
+    fresh = Quantizer.like(x, q.spec)
+    fresh.load_state_dict(q.state_dict())  # a logarithm may be negative
+    assert torch.equal(fresh(x), q(x))
+    with pytest.raises(ValueError, match="scale must be finite"):
+        q.set_scale(torch.tensor(math.nan))
+
+
+@pytest.mark.parametrize("chance", [{"noise": "uniform"}, {"noise": "bypass"}, {"rounding": "stochastic"}])
+def test_evaluation_knows_no_chance(chance):
+    spec = ff.QuantSpec(bits=3, **chance)
+    x = torch.randn(500)
+    q = Quantizer.like(x, spec)
+    q.initialise_from(x, "mse")
+    want = ff.fake_quantize(x, q.scale, spec=ff.QuantSpec(bits=3))
+    assert not torch.equal(q(x), want)
+    assert torch.equal(q.evaluated(x), want)
+    assert q.training
+    assert torch.equal(q.eval()(x), want)
+
+
+@pytest.mark.parametrize("form", ["binary", "ternary", "e4m3", "e2m1"])
+def test_other_formats_take_a_scale_of_the_least_error(form):
+    x = torch.randn(1001, generator=torch.Generator().manual_seed(0))
+    found, simple = (Quantizer.like(x, ff.QuantSpec(format=form)) for _ in range(2))
+    found.initialise_from(x, "mse")
+    simple.initialise_from(x, "absmax")
+    error = [(q(x) - x).double().square().mean() for q in (found, simple)]
+    assert error[0] <= error[1]
+    if form == "binary":
+        torch.testing.assert_close(found.scale, x.abs().mean(), rtol=1e-3, atol=0)  # Rastegari et al., 2016
+    model = ff.prepare(torch.nn.Sequential(torch.nn.Linear(7, 2)), activations=found.spec)
+    with pytest.raises(ValueError, match="method must not be 'mse' for data in batches in the format"):
+        ff.calibrate(model, [x[:7].view(1, 7)], method="mse")
