@@ -199,6 +199,15 @@ def _steps_in(spec: QuantSpec) -> float:
     return {"s": 1, "absmax": max(spec.qmax, 1), "range": spec.qmax - spec.qmin}[spec.scale_is]
 
 
+def spread(p: Tensor, x: Tensor, spec: QuantSpec) -> Tensor:
+    """A parameter of the scales in a shape that broadcasts against x."""
+    if spec.group is not None:
+        return p.repeat_interleave(spec.group, dim=-1)
+    if spec.axis is None:
+        return p
+    return p.view([-1 if axis == spec.axis % x.dim() else 1 for axis in range(x.dim())])
+
+
 def _floats(rows: Tensor) -> Tensor:
     """16-bit rows in fp32; others as they are."""
     return rows if rows.element_size() >= 4 else rows.float()

@@ -15,6 +15,7 @@ from fastflat import _checks
 from fastflat._ops import compute_dtype
 from fastflat._spec import QuantSpec
 from fastflat.functional import fake_quantize
+from fastflat.quant._initial import spread
 from fastflat.quant._layer import QuantLayer
 from fastflat.quant.quantizer import Quantizer
 
@@ -65,8 +66,8 @@ class LayerCodes:
         q = self.codes.to(self.scale.dtype)
         if z is not None:
             z = z if spec.zero == "float" else z.round().clamp(spec.qmin, spec.qmax)
-            q = q - _spread(z, self.codes, spec)
-        return (q * _spread(s, self.codes, spec)).to(dtype or getattr(torch, self.dtype))
+            q = q - spread(z, self.codes, spec)
+        return (q * spread(s, self.codes, spec)).to(dtype or getattr(torch, self.dtype))
 
 
 @torch.no_grad()
@@ -180,11 +181,11 @@ def _exported(name: str, layer: QuantLayer, which: str, quantizer: Quantizer, dt
     zero_point = None if zero_point is None else zero_point.detach().to(compute)
     rule = QuantSpec.from_dict({**spec.to_dict(), **_TRAINING})
     y = fake_quantize(weight.to(compute), scale, zero_point, spec=rule).double()
-    q = y / _spread(scale.double().clamp(min=spec.eps), weight, spec)
+    q = y / spread(scale.double().clamp(min=spec.eps), weight, spec)
     if zero_point is not None:
         z = zero_point.double()
         z = z if spec.zero == "float" else z.round().clamp(spec.qmin, spec.qmax)
-        q = q + _spread(z, weight, spec)
+        q = q + spread(z, weight, spec)
     storage = next(t for t in _STORAGE if torch.iinfo(t).min <= spec.qmin and spec.qmax <= torch.iinfo(t).max)
     codes = q.round().nan_to_num(0.0).clamp(spec.qmin, spec.qmax).to(torch.int32).to(storage)
     kind = str(dtype or weight.dtype).removeprefix("torch.")
@@ -223,12 +224,3 @@ def _checked(name: str, given: LayerCodes, layer: QuantLayer, which: str, quanti
         hint = "; load them into a model of float32 weights"
         _checks.fail(label, "weight", "hold the values of its grid", f"{weight.dtype}, which rounds them", hint)
     return made
-
-
-def _spread(p: Tensor, x: Tensor, spec: QuantSpec) -> Tensor:
-    """A parameter of the scales in a shape that broadcasts against x."""
-    if spec.group is not None:
-        return p.repeat_interleave(spec.group, dim=-1)
-    if spec.axis is None:
-        return p
-    return p.view([-1 if axis == spec.axis % x.dim() else 1 for axis in range(x.dim())])

@@ -107,7 +107,10 @@ class BuiltinQuantizer(Quantizer):
 
 def _plain(label: str, spec, **fields: str) -> None:
     """Refuse specs that the code above does not compute."""
-    fixed = {"symmetric": True, "group": None, "rounding": "even", **fields}
+    plain = {"format": "int", "rounding": "even", "noise": "none", "scale_is": "s"}
+    if spec.estimator not in ("ste", "lsq"):
+        _checks.fail(label, "spec.estimator", "be 'ste' or 'lsq'", repr(spec.estimator))
+    fixed = {"symmetric": True, "group": None, **plain, **fields}
     for field, want in fixed.items():
         if getattr(spec, field) != want:
             _checks.fail(label, f"spec.{field}", f"be {want!r}", repr(getattr(spec, field)))

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastflat.quant._initial import spread
 from fastflat.quant._layer import QuantLayer
 from fastflat.quant.prepare import LAYERS
 from fastflat.quant.quantizer import Quantizer
@@ -88,9 +89,9 @@ def _row(name: str, layer: nn.Module, which: str) -> LayerSummary:
 def _codes(weight: Tensor, quantizer: Quantizer) -> tuple[float, tuple[int, ...] | None]:
     """Share of clipped weights, and the histogram of the codes."""
     spec = quantizer.spec
-    steps = weight.double() / _spread(quantizer.step, weight, quantizer).clamp(min=spec.eps)
+    steps = weight.double() / spread(quantizer.step.double(), weight, spec).clamp(min=spec.eps)
     if quantizer.zero_point is not None:
-        steps = steps + _spread(quantizer.zero_point, weight, quantizer)
+        steps = steps + spread(quantizer.zero_point.double(), weight, spec)
     codes = steps.round() if spec.format == "int" else steps
     clipped = float(((codes < spec.qmin) | (codes > spec.qmax)).double().mean()) if weight.numel() else 0.0
     if spec.bits > 8 or spec.format != "int":
@@ -98,18 +99,6 @@ def _codes(weight: Tensor, quantizer: Quantizer) -> tuple[float, tuple[int, ...]
     counts = torch.bincount((codes.clamp(spec.qmin, spec.qmax) - spec.qmin).long().flatten())
     counts = nn.functional.pad(counts, (0, spec.qmax - spec.qmin + 1 - counts.numel()))
     return clipped, tuple(counts.tolist())
-
-
-def _spread(p: Tensor, weight: Tensor, quantizer: Quantizer) -> Tensor:
-    """A parameter of the scales in a shape that broadcasts against the weight."""
-    spec, p = quantizer.spec, p.double()
-    if spec.group is not None:
-        return p.repeat_interleave(spec.group, dim=-1)
-    if spec.axis is None:
-        return p
-    shape = [1] * weight.dim()
-    shape[spec.axis] = -1
-    return p.view(shape)
 
 
 def _snr(weight: Tensor, quantized: Tensor) -> float:

@@ -110,6 +110,8 @@ def test_a_channel_of_zeros_takes_the_largest_scale_beside_it():
         (lambda: Quantizer(LSQ()).initialise_from(torch.ones(2), "median"), "method must be one of lsq, absmax"),
         (lambda: Quantizer(LSQ()).initialise_from(torch.ones(2), "minmax"), "method must be one of lsq, absmax"),
         (lambda: EagerQuantizer(LSQ(group=4), (2,)), "spec.group must be None, got 4"),
+        (lambda: EagerQuantizer(LSQ(noise="uniform")), "spec.noise must be 'none', got 'uniform'"),
+        (lambda: BuiltinQuantizer(LSQ(estimator="pact")), "spec.estimator must be 'ste' or 'lsq', got 'pact'"),
         (lambda: EagerQuantizer(LSQ(mask="after")), "spec.mask must be 'before', got 'after'"),
     ],
 )
