@@ -40,6 +40,10 @@ RULES = {
     "scale_even": 16777216,
     "scale_rceil": 33554432,
     "scale_e4m3": 67108864,
+    "through_chain": 134217728,
+    "inverse": 268435456,
+    "mask_absmax": 536870912,
+    "nan_passes": 1073741824,
 }
 
 #: Largest value, smallest normal value and 2^-mantissa bits of the minifloat formats (OCP MX v1.0, section 5.3; OFP8
@@ -55,9 +59,11 @@ MINIFLOATS = {
 _CHOICES = {
     "format": ("int", "binary", "ternary", *MINIFLOATS),
     "rounding": ("even", "away", "stochastic"),
-    "arithmetic": ("divide", "reciprocal"),
-    "zero": ("outside", "inside", "float"),
-    "mask": ("before", "after", "none"),
+    "arithmetic": ("divide", "reciprocal", "inverse"),
+    "zero": ("outside", "inside", "float", "outside_float"),
+    "mask": ("before", "after", "absmax", "none"),
+    "through": ("exact", "chain"),
+    "nan_gradient": ("stop", "pass"),
     "nan": ("propagate", "qmin"),
     "inf": ("saturate", "qmin"),
     "scale_is": ("s", "log2", "absmax", "range"),
@@ -82,9 +88,11 @@ class QuantSpec:
 
         u = x / s                        arithmetic="divide"      (IEEE division)
         u = x * (1 / s)                  arithmetic="reciprocal"
+        u = x * k, y = (q - z) / k       arithmetic="inverse": k = qmax / scale, 0 for scale <= eps (then y = 0)
         r = round(u) + z                 zero="outside", z rounded to even and clamped to the grid
         r = round(u + z)                 zero="inside",  z rounded to even and clamped to the grid
         r = round(u + z)                 zero="float",   z as it is
+        r = round(u) + z                 zero="outside_float", z as it is
         q = clamp(r, qmin, qmax)         NaN and codes of 2**63 and more: by `nan` and `inf`
         y = (q - z) * s                  signed_zero=False turns a -0 of (q - z) into +0
 
@@ -113,7 +121,11 @@ class QuantSpec:
         rounding: ``"even"`` ties to the even neighbour, ``"away"`` ties away from zero, ``"stochastic"``.
         arithmetic, zero, nan, inf, signed_zero: see the rule.
         mask: which elements pass their gradient: ``"before"`` those whose unrounded code ``u + z`` lies on
-            ``[qmin, qmax]`` (LSQ paper), ``"after"`` those whose rounded code does (PyTorch), ``"none"`` all.
+            ``[qmin, qmax]`` (LSQ paper), ``"after"`` those whose rounded code does (PyTorch), ``"absmax"`` those with
+            ``|x| <= scale`` (arithmetic="inverse"), ``"none"`` all.
+        through: how the gradient passes: ``"exact"`` ``m g``; ``"chain"`` ``m ((g s) / s)`` (``(g s) (1/s)`` with
+            reciprocal), with the product in the storage type of x, as a chain of eager operations computes it.
+        nan_gradient: whether NaN passes its gradient.
         grad_scale: factor of the gradient of scale and zero-point: ``"none"`` 1, ``"lsq"`` 1/sqrt(numel*max(qmax,1)),
             ``"lsq_channel"`` the same with the elements that share one scale, or a number.
         scale_is: what the scale tensor holds: ``"s"``; ``"log2"`` s = 2**scale; ``"absmax"`` s = scale / max(qmax, 1);
@@ -141,6 +153,8 @@ class QuantSpec:
     arithmetic: str = "divide"
     zero: str = "outside"
     mask: str = "before"
+    through: str = "exact"
+    nan_gradient: str = "stop"
     nan: str = "propagate"
     inf: str = "saturate"
     signed_zero: bool = True
@@ -180,6 +194,18 @@ class QuantSpec:
         for field in ("signed", "narrow", "symmetric", "signed_zero"):
             if not isinstance(getattr(self, field), bool):
                 fail(field, "True or False")
+        if self.arithmetic == "inverse":
+            for field, want in (("noise", "none"), ("estimator", "ste"), ("symmetric", True), ("scale_is", "s")):
+                if getattr(self, field) != want:
+                    fail(field, f"{want!r} with arithmetic='inverse'")
+            if self.rounding == "stochastic" or self.format not in ("int", "ternary"):
+                fail("arithmetic", "'divide' or 'reciprocal' with stochastic rounding or a floating-point format")
+        elif self.mask == "absmax":
+            fail("mask", "'before', 'after' or 'none'", ": 'absmax' goes with arithmetic='inverse'")
+        if self.through == "chain" and (
+            self.draws or self.estimator == "ewgs" or self.format not in ("int", "ternary")
+        ):
+            fail("through", "'exact' with chance, estimator='ewgs' or a floating-point format")
         if self.narrow and self.bits == 1 and self.format == "int":
             fail("narrow", "False with bits=1", ": a single code would be left")
         if self.axis is not None and not _is_int(self.axis):
@@ -305,7 +331,7 @@ class QuantSpec:
         chosen = (
             ("reciprocal", self.arithmetic == "reciprocal"),
             ("zero_inside", self.zero in ("inside", "float")),
-            ("zero_float", self.zero == "float"),
+            ("zero_float", self.zero in ("float", "outside_float")),
             ("mask_after", self.mask == "after"),
             ("mask_none", self.mask == "none"),
             ("nan_qmin", self.nan == "qmin"),
@@ -315,6 +341,10 @@ class QuantSpec:
             ("round_stochastic", self.rounding == "stochastic"),
             ("pact", self.estimator == "pact"),
             ("compute_input", self.compute == "input"),
+            ("through_chain", self.through == "chain"),
+            ("inverse", self.arithmetic == "inverse"),
+            ("mask_absmax", self.mask == "absmax"),
+            ("nan_passes", self.nan_gradient == "pass"),
             (f"noise_{self.noise}", self.noise != "none"),
             (self.format, self.format not in ("int", "ternary")),
         )

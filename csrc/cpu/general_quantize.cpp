@@ -38,11 +38,12 @@ struct Call : GeneralQuantizeCall {
     rules = rules_;
     factor = 1.0;
     x = data.const_data_ptr();
+    narrow = data.element_size() == 2;
     half = data.scalar_type() == ScalarType::Half;
     scales.emplace(op, scale_, zero_point_, data, static_cast<GeneralQuantizeCall&>(*this));
     nu = scalar(op, "nu", nu_, data, 1.0);
     a = scalar(op, "a", a_, data, 0.0);
-    STD_TORCH_CHECK(!(rules & rules::compute_input) || data.element_size() == 2, "fastflat::", op,
+    STD_TORCH_CHECK(!(rules & rules::compute_input) || narrow, "fastflat::", op,
                     ": rules may ask for rounding to the type of x only where x has 16 bits");
     STD_TORCH_CHECK(!(rules & rules::compute_input) || !GeneralGrid<float>::floats(rules), "fastflat::", op,
                     ": rules may not ask for rounding to the type of x on a minifloat grid");

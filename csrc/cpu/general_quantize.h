@@ -21,7 +21,7 @@ struct GeneralQuantizeCall {
   int64_t seed, offset;  // of the draws
   double nu, a, delta;
   bool need_delta;
-  bool half;       // compute_input rounds to fp16, not to bf16
+  bool narrow, half;  // x has 16 bits; they are fp16, not bf16
   const void* x;   // data
   const void* in;  // cotangent of y (backward) or tangent of x
   void* out;       // y, gx or ty

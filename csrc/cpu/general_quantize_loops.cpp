@@ -27,10 +27,14 @@ namespace {
 // The parameters of a block's elements, one an element.
 template <class C>
 struct Groups {
-  alignas(64) C s[block], mul[block], div[block], z_in[block], z_out[block], z[block];
+  alignas(64) C s[block], mul[block], div[block], out[block], z_in[block], z_out[block], z[block], reach[block];
   alignas(64) C ts[block], tz[block];
 
-  FASTFLAT_HD GeneralGroup<C> at(int64_t i) const { return {s[i], mul[i], div[i], z_in[i], z_out[i], z[i]}; }
+  bool uniform;  // all elements share the parameters of the first
+
+  FASTFLAT_HD GeneralGroup<C> at(int64_t i) const {
+    return {s[i], mul[i], div[i], out[i], z_in[i], z_out[i], z[i], reach[i]};
+  }
 };
 
 template <class C>
@@ -38,61 +42,166 @@ struct Shares {
   alignas(64) C scale[block], outside[block], delta[block];
 };
 
-// The rule on n elements, n at most `block`, for one kind of grid and noise.
+template <class C>
+struct Walk;
+
+// The rule on n elements, n at most `block`, for one kind of grid and noise; the parameters are the walk's.
 template <class C>
 struct Kind {
-  using Grid = GeneralGrid<C>;
-  using Scalars = NoiseScale<C>;
-  void (*group)(const Grid&, const C* scale, const C* zero, int64_t n, Groups<C>&);
-  void (*forward)(const Grid&, Scalars, const C* x, const C* xi, int64_t n, const Groups<C>&, C* y);
-  void (*backward)(const Grid&, Scalars, C delta, const C* gy, const C* x, const C* xi, int64_t n, const Groups<C>&,
-                   C* gx, Shares<C>&);
+  void (*group)(const GeneralGrid<C>&, const GeneralQuantizeCall&, const C* scale, const C* zero, int64_t n,
+                Groups<C>&);
+  void (*forward)(const Walk<C>&, const C* x, const C* xi, int64_t n, C* y);
+  void (*backward)(const Walk<C>&, const C* gy, const C* x, const C* xi, int64_t n, C* gx, Shares<C>&);
   // The same without the shares of zero-point and delta.
-  void (*backward_scale)(const Grid&, Scalars, C delta, const C* gy, const C* x, const C* xi, int64_t n,
-                         const Groups<C>&, C* gx, Shares<C>&);
-  void (*tangent)(const Grid&, Scalars, const C* tx, const C* x, const C* xi, int64_t n, const Groups<C>&, C* ty);
+  void (*backward_scale)(const Walk<C>&, const C* gy, const C* x, const C* xi, int64_t n, C* gx, Shares<C>&);
+  void (*tangent)(const Walk<C>&, const C* tx, const C* x, const C* xi, int64_t n, C* ty);
+};
+
+// One thread's walk: the parameters and draws of the block at hand.
+template <class C>
+struct Walk {
+  const GeneralQuantizeCall& call;
+  const Geometry& geometry;
+  const Kind<C>& kind;
+  const GeneralGrid<C> grid;
+  const NoiseScale<C> scalars;
+  const PhiloxState state;
+  const bool normal;
+  int64_t filled_channel = -1, filled = 0;
+  Groups<C> groups;
+  alignas(64) float draws[block + 8];
+  alignas(64) C xi_buffer[block];
+  alignas(64) C scale[block], zero[block];
+
+  Walk(const GeneralQuantizeCall& c, const Kind<C>& kind_)
+      : call(c),
+        geometry(c.geometry),
+        kind(kind_),
+        grid(GeneralGrid<C>::make(c.qmin, c.qmax, c.eps, c.factor, c.rules)),
+        scalars{static_cast<C>(c.nu), static_cast<C>(c.a),
+                c.rules & (rules::noise_uniform | rules::noise_temper) ? C(0.5) : C(0)},
+        state(PhiloxState::make(c.seed, c.offset)),
+        normal(c.rules & rules::noise_normal) {
+    std::fill_n(xi_buffer, block, C(0));
+    std::fill_n(groups.ts, block, C(0));
+    std::fill_n(groups.tz, block, C(0));
+  }
+
+  // Fills the parameters of the elements [i, i + n).
+  void meet(int64_t i, int64_t n) {
+    const auto* s = static_cast<const C*>(call.scale);
+    const auto* z = static_cast<const C*>(call.zero_point);
+    const auto* ts = static_cast<const C*>(call.ts);
+    const auto* tz = static_cast<const C*>(call.tz);
+    const int64_t run = i / geometry.inner;
+    if (geometry.channels == 1 || (run + 1) * geometry.inner >= i + n) {
+      const int64_t c = run % geometry.channels;
+      groups.uniform = true;
+      if (c == filled_channel && n <= filled) return;
+      // As much as may follow of this run, so that its next blocks find it.
+      const int64_t count = geometry.channels == 1 ? block : std::min(block, geometry.inner);
+      std::fill_n(scale, count, s[c]);
+      if (z) std::fill_n(zero, count, z[c]);
+      if (ts) std::fill_n(groups.ts, count, ts[c]);
+      if (tz) std::fill_n(groups.tz, count, tz[c]);
+      kind.group(grid, call, scale, z ? zero : nullptr, count, groups);
+      filled_channel = c;
+      filled = count;
+      return;
+    }
+    spread(geometry, s, i, n, scale);
+    if (z) spread(geometry, z, i, n, zero);
+    if (ts) spread(geometry, ts, i, n, groups.ts);
+    if (tz) spread(geometry, tz, i, n, groups.tz);
+    kind.group(grid, call, scale, z ? zero : nullptr, n, groups);
+    groups.uniform = false;
+    filled_channel = -1;
+  }
+
+  // The draws of the elements [i, i + n); anything where the rules draw nothing.
+  const C* draw(int64_t i, int64_t n) {
+    if (!call.drawn) return xi_buffer;
+    const int64_t lead = i & 7;
+    if (normal) {
+      fill_normal(state, i - lead, n + lead, draws);
+    } else {
+      fill_uniform(state, i - lead, n + lead, draws);
+    }
+    if constexpr (sizeof(C) == sizeof(float)) {
+      return draws + lead;
+    } else {
+      for (int64_t k = 0; k < n; ++k) xi_buffer[k] = static_cast<C>(draws[lead + k]);
+      return xi_buffer;
+    }
+  }
 };
 
 template <class C, class Precision>
-void group_elements(const GeneralGrid<C>& grid_, const C* __restrict scale, const C* __restrict zero, int64_t n,
-                    Groups<C>& to) {
+Precision precision_of(const GeneralQuantizeCall& call) {
+  if constexpr (std::is_same_v<Precision, Exact>) {
+    return {};
+  } else {
+    return {mask_of<float>(call.rules & rules::compute_input)};
+  }
+}
+
+template <class C, class Precision>
+void group_elements(const GeneralGrid<C>& grid_, const GeneralQuantizeCall& call, const C* __restrict scale,
+                    const C* __restrict zero, int64_t n, Groups<C>& to) {
   const GeneralGrid<C> grid = grid_;
+  const Precision precision = precision_of<C, Precision>(call);
   const auto put = [&to](int64_t i, const GeneralGroup<C>& g) __attribute__((always_inline)) {
     to.s[i] = g.s;
     to.mul[i] = g.mul;
     to.div[i] = g.div;
+    to.out[i] = g.out;
     to.z_in[i] = g.z_in;
     to.z_out[i] = g.z_out;
     to.z[i] = g.z;
+    to.reach[i] = g.reach;
   };
   if (zero) {
-    for (int64_t i = 0; i < n; ++i) put(i, grid.group(scale[i], zero[i], Precision{}));
+    for (int64_t i = 0; i < n; ++i) put(i, grid.group(scale[i], zero[i], precision));
   } else {
-    for (int64_t i = 0; i < n; ++i) put(i, grid.group(scale[i], Precision{}));
+    for (int64_t i = 0; i < n; ++i) put(i, grid.group(scale[i], precision));
   }
 }
 
 template <class C, bool floats, Noise noise, class Precision>
 struct Rule {
-  static void forward(const GeneralGrid<C>& grid_, NoiseScale<C> scalars, const C* __restrict x, const C* __restrict xi,
-                      int64_t n, const Groups<C>& g, C* __restrict y) {
-    const GeneralGrid<C> grid = grid_;
-    for (int64_t i = 0; i < n; ++i) {
-      y[i] = grid.forward(x[i], xi[i], g.at(i), scalars, floats, noise, Precision{});
+  static constexpr bool chained = noise == Noise::none && !floats;
+
+  template <class GroupAt>
+  static FASTFLAT_HD void forward_loop(const GeneralGrid<C>& grid, Precision precision, NoiseScale<C> scalars,
+                                       const C* __restrict x, const C* __restrict xi, int64_t n, const GroupAt& at,
+                                       C* __restrict y) {
+    for (int64_t i = 0; i < n; ++i) y[i] = grid.forward(x[i], xi[i], at(i), scalars, floats, noise, precision);
+  }
+
+  static void forward(const Walk<C>& walk, const C* x, const C* xi, int64_t n, C* y) {
+    const GeneralGrid<C> grid = walk.grid;
+    const Precision precision = precision_of<C, Precision>(walk.call);
+    if (walk.groups.uniform) {
+      const GeneralGroup<C> g = walk.groups.at(0);
+      forward_loop(
+          grid, precision, walk.scalars, x, xi, n, [g](int64_t) __attribute__((always_inline)) { return g; }, y);
+    } else {
+      const Groups<C>& g = walk.groups;
+      forward_loop(
+          grid, precision, walk.scalars, x, xi, n, [&g](int64_t i) __attribute__((always_inline)) { return g.at(i); },
+          y);
     }
   }
 
-  template <bool all>
-  static void backward(const GeneralGrid<C>& grid_, NoiseScale<C> scalars, C delta, const C* __restrict gy,
-                       const C* __restrict x, const C* __restrict xi, int64_t n, const Groups<C>& g, C* __restrict gx,
-                       Shares<C>& shares_) {
-    const GeneralGrid<C> grid = grid_;
-    C* __restrict scale = shares_.scale;
-    C* __restrict outside = shares_.outside;
-    C* __restrict of_delta = shares_.delta;
+  template <bool all, class GroupAt>
+  static FASTFLAT_HD void backward_loop(const GeneralGrid<C>& grid, Precision precision, NoiseScale<C> scalars, C delta,
+                                        const C* __restrict gy, const C* __restrict x, const C* __restrict xi,
+                                        int64_t n, const GroupAt& at, C* __restrict gx, C* __restrict scale,
+                                        C* __restrict outside, C* __restrict of_delta) {
     for (int64_t i = 0; i < n; ++i) {
-      const auto c = grid.code(x[i], xi[i], g.at(i), scalars, floats, noise, Precision{});
-      const auto d = grid.backward(gy[i], x[i], c, delta);
+      const auto group = at(i);
+      const auto c = grid.code(x[i], xi[i], group, scalars, floats, noise, precision);
+      const auto d = grid.backward(gy[i], x[i], c, group, delta, chained, precision);
       gx[i] = d.x;
       scale[i] = d.scale;
       if (all) outside[i] = d.outside;
@@ -100,12 +209,33 @@ struct Rule {
     }
   }
 
-  static void tangent(const GeneralGrid<C>& grid_, NoiseScale<C> scalars, const C* __restrict tx, const C* __restrict x,
-                      const C* __restrict xi, int64_t n, const Groups<C>& g, C* __restrict ty) {
-    const GeneralGrid<C> grid = grid_;
+  template <bool all>
+  static void backward(const Walk<C>& walk, const C* gy, const C* x, const C* xi, int64_t n, C* gx, Shares<C>& to) {
+    const GeneralGrid<C> grid = walk.grid;
+    const Precision precision = precision_of<C, Precision>(walk.call);
+    const C delta = static_cast<C>(walk.call.delta);
+    if (walk.groups.uniform) {
+      const GeneralGroup<C> g = walk.groups.at(0);
+      backward_loop<all>(
+          grid, precision, walk.scalars, delta, gy, x, xi, n, [g](int64_t) __attribute__((always_inline)) { return g; },
+          gx, to.scale, to.outside, to.delta);
+    } else {
+      const Groups<C>& g = walk.groups;
+      backward_loop<all>(
+          grid, precision, walk.scalars, delta, gy, x, xi, n,
+          [&g](int64_t i) __attribute__((always_inline)) { return g.at(i); }, gx, to.scale, to.outside, to.delta);
+    }
+  }
+
+  static void tangent(const Walk<C>& walk, const C* __restrict tx, const C* __restrict x, const C* __restrict xi,
+                      int64_t n, C* __restrict ty) {
+    const GeneralGrid<C> grid = walk.grid;
+    const Groups<C>& g = walk.groups;
+    const NoiseScale<C> scalars = walk.scalars;
+    const Precision precision = precision_of<C, Precision>(walk.call);
     for (int64_t i = 0; i < n; ++i) {
       const auto group = g.at(i);
-      const auto c = grid.code(x[i], xi[i], group, scalars, floats, noise, Precision{});
+      const auto c = grid.code(x[i], xi[i], group, scalars, floats, noise, precision);
       ty[i] = grid.tangent(tx[i], g.ts[i], g.tz[i], c, group);
     }
   }
@@ -132,7 +262,7 @@ const Kind<C>& kind_by_noise(Noise noise) {
 template <class C>
 const Kind<C>& kind_of(const GeneralQuantizeCall& call) {
   if constexpr (sizeof(C) == 4) {
-    if (call.rules & rules::compute_input) {
+    if (call.narrow && (call.rules & (rules::compute_input | rules::through_chain))) {
       if (call.half) return Rule<C, false, Noise::none, RoundedTo<Half>>::kind;
       return Rule<C, false, Noise::none, RoundedTo<BFloat16>>::kind;
     }
@@ -167,94 +297,17 @@ void narrowed(const C* __restrict from, int64_t n, Y* __restrict to) {
   }
 }
 
-// One thread's walk: the parameters and draws of the block at hand.
-template <class C>
-struct Walk {
-  const GeneralQuantizeCall& call;
-  const Geometry& geometry;
-  const Kind<C>& kind;
-  const GeneralGrid<C> grid;
-  const NoiseScale<C> scalars;
-  const PhiloxState state;
-  const bool normal, centred;
-  int64_t filled_channel = -1, filled = 0;
-  Groups<C> groups;
-  alignas(64) float draws[block + 8];
-  alignas(64) C xi_buffer[block];
-  alignas(64) C scale[block], zero[block];
-
-  explicit Walk(const GeneralQuantizeCall& c)
-      : call(c),
-        geometry(c.geometry),
-        kind(kind_of<C>(c)),
-        grid(GeneralGrid<C>::make(c.qmin, c.qmax, c.eps, c.factor, c.rules)),
-        scalars{static_cast<C>(c.nu), static_cast<C>(c.a)},
-        state(PhiloxState::make(c.seed, c.offset)),
-        normal(c.rules & rules::noise_normal),
-        centred(c.rules & (rules::noise_uniform | rules::noise_temper)) {
-    std::fill_n(xi_buffer, block, C(0));
-    std::fill_n(groups.ts, block, C(0));
-    std::fill_n(groups.tz, block, C(0));
-  }
-
-  // Fills the parameters of the elements [i, i + n).
-  void meet(int64_t i, int64_t n) {
-    const auto* s = static_cast<const C*>(call.scale);
-    const auto* z = static_cast<const C*>(call.zero_point);
-    const auto* ts = static_cast<const C*>(call.ts);
-    const auto* tz = static_cast<const C*>(call.tz);
-    const int64_t run = i / geometry.inner;
-    if (geometry.channels == 1 || (run + 1) * geometry.inner >= i + n) {
-      const int64_t c = run % geometry.channels;
-      if (c == filled_channel && n <= filled) return;
-      // As much as may follow of this run, so that its next blocks find it.
-      const int64_t count = geometry.channels == 1 ? block : std::min(block, geometry.inner);
-      std::fill_n(scale, count, s[c]);
-      if (z) std::fill_n(zero, count, z[c]);
-      if (ts) std::fill_n(groups.ts, count, ts[c]);
-      if (tz) std::fill_n(groups.tz, count, tz[c]);
-      kind.group(grid, scale, z ? zero : nullptr, count, groups);
-      filled_channel = c;
-      filled = count;
-      return;
-    }
-    spread(geometry, s, i, n, scale);
-    if (z) spread(geometry, z, i, n, zero);
-    if (ts) spread(geometry, ts, i, n, groups.ts);
-    if (tz) spread(geometry, tz, i, n, groups.tz);
-    kind.group(grid, scale, z ? zero : nullptr, n, groups);
-    filled_channel = -1;
-  }
-
-  // The draws of the elements [i, i + n); anything where the rules draw nothing.
-  const C* draw(int64_t i, int64_t n) {
-    if (!call.drawn) return xi_buffer;
-    const int64_t lead = i & 7;
-    if (normal) {
-      fill_normal(state, i - lead, n + lead, draws);
-    } else {
-      fill_uniform(state, i - lead, n + lead, draws);
-    }
-    const float* __restrict from = draws + lead;
-    C* __restrict to = xi_buffer;
-    const float shift = centred ? 0.5f : 0.0f;
-    for (int64_t k = 0; k < n; ++k) to[k] = static_cast<C>(from[k] - shift);
-    return to;
-  }
-};
-
 template <class X, class Y>
 void general_quantize_forward(const GeneralQuantizeCall& call, int64_t begin, int64_t end) {
   using C = compute_t<X>;
-  Walk<C> walk(call);
+  Walk<C> walk(call, kind_of<C>(call));
   alignas(64) C x[block], y[block];
   for (int64_t i = begin; i < end; i += block) {
     const int64_t n = std::min(block, end - i);
     Y* to = static_cast<Y*>(call.out) + i;
     C* result = target<C>(to, y);
     walk.meet(i, n);
-    walk.kind.forward(walk.grid, walk.scalars, widened<C>(static_cast<const X*>(call.x) + i, n, x), walk.draw(i, n), n,
-                      walk.groups, result);
+    walk.kind.forward(walk, widened<C>(static_cast<const X*>(call.x) + i, n, x), walk.draw(i, n), n, result);
     narrowed(result, n, to);
   }
 }
@@ -267,15 +320,15 @@ void backward_block(Walk<C>& walk, int64_t i, int64_t n, bool all, Shares<C>& sh
   X* to = static_cast<X*>(call.out) + i;
   C* result = target<C>(to, gx);
   const auto rule = all ? walk.kind.backward : walk.kind.backward_scale;
-  rule(walk.grid, walk.scalars, static_cast<C>(call.delta), widened<C>(static_cast<const Y*>(call.in) + i, n, gy),
-       widened<C>(static_cast<const X*>(call.x) + i, n, x), walk.draw(i, n), n, walk.groups, result, shares);
+  rule(walk, widened<C>(static_cast<const Y*>(call.in) + i, n, gy), widened<C>(static_cast<const X*>(call.x) + i, n, x),
+       walk.draw(i, n), n, result, shares);
   narrowed(result, n, to);
 }
 
 template <class X, class Y>
 void general_quantize_backward(const GeneralQuantizeCall& call, int64_t begin, int64_t end) {
   using C = compute_t<X>;
-  Walk<C> walk(call);
+  Walk<C> walk(call, kind_of<C>(call));
   Shares<C> shares;
   for (int64_t i = begin; i < end; i += block) {
     const int64_t n = std::min(block, end - i);
@@ -312,7 +365,7 @@ void general_quantize_backward_range(const GeneralQuantizeCall& call, int64_t be
   using C = compute_t<X>;
   const Geometry& geometry = call.geometry;
   const bool all = wants_all(call);
-  Walk<C> walk(call);
+  Walk<C> walk(call, kind_of<C>(call));
   if (geometry.inner >= short_run || geometry.channels == 1) {
     for_runs(geometry, begin, end,
              [&](int64_t i, int64_t n, int64_t c) { backward_run<X, Y>(walk, i, n, all, sums + 3 * c); });
@@ -349,7 +402,7 @@ void general_quantize_backward_channels(const GeneralQuantizeCall& call, int64_t
   const int64_t inner = call.geometry.inner;
   if (inner >= short_run) return general_quantize_backward_range<X, Y>(call, begin * inner, end * inner, sums);
   const bool all = wants_all(call);
-  Walk<C> walk(call);
+  Walk<C> walk(call, kind_of<C>(call));
   Shares<C> shares;
   const int64_t per_block = block / inner;
   for (int64_t c = begin; c < end; c += per_block) {
@@ -368,7 +421,7 @@ void general_quantize_backward_channels(const GeneralQuantizeCall& call, int64_t
 template <class X, class T, class Y>
 void general_quantize_tangent(const GeneralQuantizeCall& call, int64_t begin, int64_t end) {
   using C = compute_t<X>;
-  Walk<C> walk(call);
+  Walk<C> walk(call, kind_of<C>(call));
   alignas(64) C x[block], tx[block] = {}, ty[block];
   for (int64_t i = begin; i < end; i += block) {
     const int64_t n = std::min(block, end - i);
@@ -376,8 +429,7 @@ void general_quantize_tangent(const GeneralQuantizeCall& call, int64_t begin, in
     C* result = target<C>(to, ty);
     const C* tangent = call.in ? widened<C>(static_cast<const T*>(call.in) + i, n, tx) : tx;
     walk.meet(i, n);
-    walk.kind.tangent(walk.grid, walk.scalars, tangent, widened<C>(static_cast<const X*>(call.x) + i, n, x),
-                      walk.draw(i, n), n, walk.groups, result);
+    walk.kind.tangent(walk, tangent, widened<C>(static_cast<const X*>(call.x) + i, n, x), walk.draw(i, n), n, result);
     narrowed(result, n, to);
   }
 }

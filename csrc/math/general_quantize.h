@@ -48,29 +48,38 @@ FASTFLAT_HD typename MaskOf<C>::type mask_of(bool condition) {
   return typename MaskOf<C>::type(0) - typename MaskOf<C>::type(condition);
 }
 
-// What a result is rounded to after each operation: nothing, or a 16-bit storage type (rules::compute_input).
+// What is rounded to the storage type of x: nothing, or with a 16-bit type the product of rules::through_chain and, by
+// rules::compute_input, the result of every operation.
 struct Exact {
   template <class C>
   FASTFLAT_HD C operator()(C v) const {
     return v;
   }
+  template <class C>
+  FASTFLAT_HD C stored(C v) const {
+    return v;
+  }
 };
 template <class Storage>
 struct RoundedTo {
-  FASTFLAT_HD float operator()(float v) const { return load(store<Storage>(v)); }
+  uint32_t every;  // mask
+
+  FASTFLAT_HD float operator()(float v) const { return choose(every, stored(v), v); }
+  FASTFLAT_HD float stored(float v) const { return load(store<Storage>(v)); }
 };
 
-// What one scale shares. u = (x * mul) / div: one of the two is 1, and both are exact by it.
+// What one scale shares. u = (x * mul) / div and y = (d * s) / out: of each pair one is 1, and both are exact by it.
 template <class C>
 struct GeneralGroup {
-  C s, mul, div;
+  C s, mul, div, out;
   C z_in, z_out, z;
+  C reach;  // the magnitude up to which rules::mask_absmax passes
 };
 
-// Device scalars of a call.
+// Device scalars of a call. Draws are taken less `shift`: 1/2 centres uniform ones.
 template <class C>
 struct NoiseScale {
-  C nu, a;
+  C nu, a, shift;
 };
 
 template <class C>
@@ -79,7 +88,8 @@ struct GeneralGrid {
 
   IntegerGrid<C> base;  // limits and conventions
   Minifloat<C> format;
-  Mask away, binary, pact;
+  Mask away, binary, pact, chain, nan_passes, by_reach;
+  bool inverse;
 
   FASTFLAT_HD static bool floats(int64_t rules) { return (rules & minifloats) != 0; }
 
@@ -91,16 +101,20 @@ struct GeneralGrid {
     grid.away = mask_of<C>(rules & rules::round_away);
     grid.binary = mask_of<C>(rules & rules::binary);
     grid.pact = mask_of<C>(rules & rules::pact);
+    grid.chain = mask_of<C>(rules & rules::through_chain);
+    grid.nan_passes = mask_of<C>(rules & rules::nan_passes);
+    grid.by_reach = mask_of<C>(rules & rules::mask_absmax);
+    grid.inverse = rules & rules::inverse;
     return grid;
   }
 
   template <class Precision = Exact>
   FASTFLAT_HD GeneralGroup<C> group(C scale, Precision precision = {}) const {
-    return of(base.group(scale), precision);
+    return of(scale, base.group(scale), precision);
   }
   template <class Precision = Exact>
   FASTFLAT_HD GeneralGroup<C> group(C scale, C zero_point, Precision precision = {}) const {
-    return of(base.group(scale, zero_point), precision);
+    return of(scale, base.group(scale, zero_point), precision);
   }
 
   struct Code {
@@ -113,10 +127,11 @@ struct GeneralGrid {
 
   // `floats` and `noise` follow from the rules; callers that know them at compile time pass constants.
   template <class Precision = Exact>
-  FASTFLAT_HD Code code(C x, C xi, const GeneralGroup<C>& g, const NoiseScale<C>& scale, bool floats, Noise noise,
+  FASTFLAT_HD Code code(C x, C draw, const GeneralGroup<C>& g, const NoiseScale<C>& scale, bool floats, Noise noise,
                         Precision precision = {}) const {
     Code c;
     c.kept = 0;
+    const C xi = draw - scale.shift;
     c.u = precision((x * g.mul) / g.div);
     C v = precision(c.u + g.z_in);
     if (noise == Noise::additive) v = v + scale.nu * xi;
@@ -142,7 +157,9 @@ struct GeneralGrid {
     c.d = precision(q - g.z) + base.zero_fix;
     c.e = c.u - c.d;
     const bool on_grid = (w >= base.from) & (w <= base.to) & (r >= base.after_from) & (r <= base.after_to);
-    c.in = base.pass_all | mask_of<C>(on_grid);
+    const Mask near_zero = mask_of<C>(std::fabs(x) <= g.reach);
+    c.in = base.pass_all | (nan_passes & mask_of<C>(w != w)) |
+           (noise == Noise::none ? (by_reach & near_zero) | (~by_reach & mask_of<C>(on_grid)) : mask_of<C>(on_grid));
     if (noise == Noise::temper) {
       const C up = w > base.qmin ? w : base.qmin;
       const C clip = (up < base.qmax ? up : base.qmax) - g.z;
@@ -161,10 +178,11 @@ struct GeneralGrid {
 
   // y
   template <class Precision = Exact>
-  FASTFLAT_HD C forward(C x, C xi, const GeneralGroup<C>& g, const NoiseScale<C>& scale, bool floats, Noise noise,
+  FASTFLAT_HD C forward(C x, C draw, const GeneralGroup<C>& g, const NoiseScale<C>& scale, bool floats, Noise noise,
                         Precision precision = {}) const {
-    const Code c = code(x, xi, g, scale, floats, noise, precision);
+    const Code c = code(x, draw, g, scale, floats, noise, precision);
     const C y = c.d * g.s;
+    if (noise == Noise::none) return y / g.out;
     return noise == Noise::bypass ? choose(c.kept, x, y) : y;
   }
 
@@ -175,9 +193,12 @@ struct GeneralGrid {
     C delta;    // of dL/d delta
   };
 
-  // delta = 0 is the straight-through rule, in every bit.
-  FASTFLAT_HD Gradient backward(C gy, C x, const Code& c, C delta) const {
-    const C straight = keep<C>(c.in, gy);
+  // delta = 0 is the straight-through rule, in every bit. `chained`: the rules may ask for through_chain.
+  template <class Precision = Exact>
+  FASTFLAT_HD Gradient backward(C gy, C x, const Code& c, const GeneralGroup<C>& g, C delta, bool chained,
+                                Precision precision = {}) const {
+    const C returned = chained ? choose(chain, (precision.stored(gy * g.s) * g.mul) / g.div, gy) : gy;
+    const C straight = keep<C>(c.in, returned);
     const C size = std::fabs(straight), e = keep<C>(c.in, c.e);
     // gy delta sign(gy) e, with sign(0) = 0 by the product itself.
     const Mask scaled = mask_of<C>(delta != C(0));
@@ -197,9 +218,16 @@ struct GeneralGrid {
 
  private:
   template <class Precision>
-  FASTFLAT_HD GeneralGroup<C> of(const QuantGroup<C>& g, Precision precision) const {
+  FASTFLAT_HD GeneralGroup<C> of(C scale, const QuantGroup<C>& g, Precision precision) const {
     const C one = 1;
-    return {g.s, base.reciprocal ? precision(g.inv) : one, base.reciprocal ? one : g.s, g.z_in, g.z_out, g.z};
+    if (inverse) {
+      // k of rules::inverse; at or below eps all codes are 0.
+      const C k = base.qmax / scale;
+      const bool dead = scale <= base.eps;
+      return {one, dead ? C(0) : k, one, dead ? one : k, g.z_in, g.z_out, g.z, scale};
+    }
+    const C mul = base.reciprocal ? precision(g.inv) : one;
+    return {g.s, mul, base.reciprocal ? one : g.s, one, g.z_in, g.z_out, g.z, scale};
   }
 
   // An integer beside v by the rounding of the rules.

@@ -35,6 +35,10 @@ inline constexpr int64_t scale_ceil = 8388608;    // power of two, ceil(log2 abs
 inline constexpr int64_t scale_even = 16777216;   // power of two, absmax rounded to the format's mantissa first
 inline constexpr int64_t scale_rceil = 33554432;  // power of two, ceil(log2(absmax / largest value))
 inline constexpr int64_t scale_e4m3 = 67108864;   // absmax / largest value rounded to e4m3, over an outer scale (NVFP4)
+inline constexpr int64_t through_chain = 134217728;  // dx = m ((gy s) / s), as a chain of eager operations gives it
+inline constexpr int64_t inverse = 268435456;      // the scale is a largest magnitude p: k = qmax/p, u = x k, y = d / k
+inline constexpr int64_t mask_absmax = 536870912;  // gradient where |x| <= p
+inline constexpr int64_t nan_passes = 1073741824;  // NaN passes its gradient
 
 // Rules that only the general_quantize family knows.
 inline constexpr int64_t general = ~int64_t{255};

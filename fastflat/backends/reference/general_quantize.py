@@ -26,6 +26,9 @@ class _Call:
     x: Tensor
     xi: Tensor | None
     s: Tensor
+    mul: Tensor | None
+    out: Tensor | None
+    reach: Tensor
     u: Tensor
     z_in: Tensor | float
     z_out: Tensor | float
@@ -76,12 +79,19 @@ def _prepare(x, scale, zero_point, state, nu, a, qmin, qmax, axis, group, eps, r
         return t if low is None else t.to(low).to(data.dtype)
 
     g = group_parameters(scale, zero_point, qmin, qmax, eps, rules)
-    s, inv, z_in, z_out, z = (
-        broadcast(p, x, axis, group) if isinstance(p, Tensor) else p for p in (g.s, g.inv, g.z_in, g.z_out, g.z)
+    s, inv, z_in, z_out, z, reach = (
+        broadcast(p, x, axis, group) if isinstance(p, Tensor) else p for p in (g.s, g.inv, g.z_in, g.z_out, g.z, scale)
     )
-    u = rounded(data * rounded(inv) if rules & RULES["reciprocal"] else data / s)
+    mul = out = None
+    if rules & RULES["inverse"]:
+        k, dead = torch.full_like(reach, qmax) / reach, reach <= eps
+        mul, out, s = torch.where(dead, 0.0, k), torch.where(dead, 1.0, k), torch.ones_like(s)
+    elif rules & RULES["reciprocal"]:
+        mul = rounded(inv)
+    u = rounded(data / s if mul is None else data * mul)
     xi = _draws(x, state, group, rules)
-    return _Call(data, xi, s, u, z_in, z_out, z, 1.0 if nu is None else nu, 0.0 if a is None else a, rounded)
+    nu, a = 1.0 if nu is None else nu, 0.0 if a is None else a
+    return _Call(data, xi, s, mul, out, reach, u, z_in, z_out, z, nu, a, rounded)
 
 
 def _whole(v: Tensor, xi: Tensor | None, rules: int) -> Tensor:
@@ -151,6 +161,10 @@ def _code(c: _Call, qmin: int, qmax: int, rules: int) -> _Code:
     e = c.u - d
     tested = r if rules & RULES["mask_after"] else w
     m = (tested >= low) & (tested <= high) & (w == w)
+    if rules & RULES["mask_absmax"]:
+        m = c.x.abs() <= c.reach
+    if rules & RULES["nan_passes"]:
+        m = m | w.isnan()
     if rules & RULES["mask_none"]:
         m = torch.ones_like(m)
     if rules & RULES["noise_temper"]:
@@ -179,6 +193,7 @@ def general_quantize(
     c = _prepare(x, scale, zero_point, state, nu, a, qmin, qmax, axis, group, eps, rules)
     code = _code(c, qmin, qmax, rules)
     y = code.d * c.s
+    y = y if c.out is None else y / c.out
     return finish(y if code.kept is None else torch.where(code.kept, c.x, y), x, group, dtype)
 
 
@@ -205,7 +220,11 @@ def general_quantize_bwd(
     code = _code(c, qmin, qmax, rules)
     gy = blocked(gy, group).to(c.x.dtype)
     zero = torch.zeros((), dtype=gy.dtype, device=gy.device)
-    straight = torch.where(code.m, gy, zero)
+    returned = gy
+    if rules & RULES["through_chain"]:
+        h = (gy * c.s).to(x.dtype).to(gy.dtype)
+        returned = h / c.s if c.mul is None else h * c.mul
+    straight = torch.where(code.m, returned, zero)
     e, u = torch.where(code.m, code.e, zero), torch.where(code.m, code.u, zero)
     extra = zero
     if delta is not None:
