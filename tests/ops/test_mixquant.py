@@ -84,7 +84,7 @@ def check_call(x, candidates, gy, factor, ts, tw, grid, dtype=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layouts(layout, dtype):
-    for rules in RULES:
+    for rules in RULES if dtype == torch.float32 else (0, 1):
         check_call(*arguments(*layout, dtype), (*layout[1:], EPS, rules))
 
 
@@ -105,7 +105,7 @@ def test_cast_in_the_same_pass(layout, dtype):
 
 
 @pytest.mark.usefixtures("compiled")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple),
     bits=st.lists(st.integers(1, 16), min_size=1, max_size=8),
@@ -398,7 +398,7 @@ def test_raw_ops_hold_what_memory_needs():
     for text, wrong in (
         ("scale must have 3 values", (torch.ones(2), *candidates[1:])),
         ("qmin must be float32", (candidates[0], candidates[1].double(), *candidates[2:])),
-        ("weight must have 3 values", (*candidates[:3], torch.ones(4))),
+        ("qmax must have 3 values", (*candidates[:2], torch.ones(4), candidates[3])),
         ("from 1 to 8 candidates", tuple(torch.ones(9) for _ in range(4))),
     ):
         with pytest.raises(RuntimeError, match=text):

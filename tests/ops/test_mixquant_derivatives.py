@@ -233,7 +233,8 @@ def test_torch_compile_forward_and_backward(spec):
             y = g(*leaves)
             results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
         for actual, expected in zip(results[1], results[0], strict=True):
-            torch.testing.assert_close(actual, expected)
+            # A compiled graph holds the dispatcher's op, whose sums have their own order.
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         torch._dynamo.reset()
 
 

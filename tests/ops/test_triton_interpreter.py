@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs triton_interpreted.py under Triton's interpreter in a process of its own and reports each of its tests."""
+"""Runs triton_interpreted.py and those of the families under Triton's interpreter, in a process each, and reports each
+of their tests."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -10,37 +12,52 @@ from pathlib import Path
 
 import pytest
 
+from fastflat import _ops
+
 pytestmark = pytest.mark.triton
 
 pytest.importorskip("triton")
 
-INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
-NAMES = [
-    node.name
-    for node in ast.parse(INTERPRETED.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+HERE = Path(__file__).parent
+MODULES = [HERE / "triton_interpreted.py"]
+MODULES += [
+    path for family in _ops.FAMILIES if (path := HERE / f"triton_interpreted_{family.ROWS[0].family}.py").exists()
 ]
+
+
+def _tests(module):
+    tree = ast.parse(module.read_text())
+    return [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
+
+
+NAMES = [pytest.param(module, name, id=f"{module.stem}-{name}") for module in MODULES for name in _tests(module)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Failures by test function: {name: {case: message}}; a message is empty when the case passed."""
-    report = tmp_path_factory.mktemp("interpreted") / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(INTERPRETED)]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert report.exists(), done.stdout + done.stderr
-    cases = {}
-    for case in ET.parse(report).iter("testcase"):
-        problems = [child.get("message") + "\n" + (child.text or "") for child in case]
-        cases.setdefault(case.get("name").split("[")[0], {})[case.get("name")] = "\n".join(problems)
-    assert set(cases) == set(NAMES), done.stdout
-    return cases
+    """Failures of a module by test function: {name: {case: message}}; a message is empty when the case passed."""
+
+    @functools.cache
+    def run(module):
+        report = tmp_path_factory.mktemp("interpreted") / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(module)]
+        done = subprocess.run(
+            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+        )
+        assert report.exists(), done.stdout + done.stderr
+        cases = {}
+        for case in ET.parse(report).iter("testcase"):
+            problems = [child.get("message") + "\n" + (child.text or "") for child in case]
+            cases.setdefault(case.get("name").split("[")[0], {})[case.get("name")] = "\n".join(problems)
+        assert set(cases) == set(_tests(module)), done.stdout
+        return cases
+
+    return run
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_interpreted(name, results):
-    wrong = {case: message for case, message in results[name].items() if message}
-    assert results[name]
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_interpreted(module, name, results):
+    cases = results(module)[name]
+    wrong = {case: message for case, message in cases.items() if message}
+    assert cases
     assert not wrong, "\n".join(f"{case}: {message}" for case, message in wrong.items())
