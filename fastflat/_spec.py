@@ -206,6 +206,8 @@ class QuantSpec:
             self.draws or self.estimator == "ewgs" or self.format not in ("int", "ternary")
         ):
             fail("through", "'exact' with chance, estimator='ewgs' or a floating-point format")
+        if self.scale_rule == "even" and self.format not in MINIFLOATS:
+            fail("scale_rule", f"another with format={self.format!r}", ": 'even' rounds to the mantissa of a minifloat")
         if self.narrow and self.bits == 1 and self.format == "int":
             fail("narrow", "False with bits=1", ": a single code would be left")
         if self.axis is not None and not _is_int(self.axis):
@@ -253,6 +255,73 @@ class QuantSpec:
             "inf": "saturate" if axis is None else "qmin",
             "signed_zero": False,
             "symmetric": False,
+            "bits": bits,
+            "signed": signed,
+            "axis": axis,
+        }
+        return cls(**{**form, **changes})
+
+    @classmethod
+    def mx(cls, format: str = "e2m1", scale_rule: str = "floor", **changes: Any) -> QuantSpec:
+        """Microscaling block format for :func:`fastflat.fake_quantize_dynamic`: blocks of 32 along the last axis with a
+        power-of-two (E8M0) scale. MXFP8 is ``"e4m3"`` or ``"e5m2"``, MXFP6 ``"e3m2"`` or ``"e2m3"``, MXFP4 ``"e2m1"``;
+        ``scale_rule`` is "floor" (OCP MX v1.0), "ceil", "even" or "rceil". All elements pass their gradient."""
+        return cls(**{"format": format, "group": 32, "scale_rule": scale_rule, "mask": "none", **changes})
+
+    @classmethod
+    def nvfp4(cls, **changes: Any) -> QuantSpec:
+        """NVFP4 for :func:`fastflat.fake_quantize_dynamic`: e2m1 in blocks of 16 with an e4m3 scale each, over one fp32
+        scale for the tensor. All elements pass their gradient."""
+        return cls(**{"format": "e2m1", "group": 16, "scale_rule": "e4m3", "mask": "none", **changes})
+
+    @classmethod
+    def torchao(cls, bits: int = 4, signed: bool = True, axis: int | None = None, **changes: Any) -> QuantSpec:
+        """The numbers of torchao's integer fake-quantization (``_fake_quantize_affine`` in the integer domain, which
+        ``IntxFakeQuantizer`` runs), with fp32 scales: multiplication by 1/s, mask after rounding, gradient through the
+        chain of operations, no -0. Scales of 16 bits: ``compute="input"``. Range learning: ``estimator="lsq"``, with a
+        zero-point ``zero="outside_float"``. torchao has no gradient factor."""
+        form = {
+            "arithmetic": "reciprocal",
+            "mask": "after",
+            "through": "chain",
+            "signed_zero": False,
+            "symmetric": False,
+            "bits": bits,
+            "signed": signed,
+            "axis": axis,
+        }
+        return cls(**{**form, **changes})
+
+    @classmethod
+    def brevitas(
+        cls, bits: int = 4, signed: bool = True, axis: int | None = None, *, weight: bool = True, **changes: Any
+    ) -> QuantSpec:
+        """The numbers of Brevitas' ``IntQuant``: division, zero-point as it is, gradient through the chain of operations.
+        ``weight`` is the form of its weight quantizers (``TensorClampSte``: all elements pass their gradient; narrow
+        grid when signed), ``weight=False`` that of activations (``TensorClamp``: mask after rounding, NaN passes). In 16
+        bit: ``compute="input"``. Learned scales: ``estimator="lsq"``. Pass a zero-point of 0, as Brevitas does, for its
+        sign of zero."""
+        clamp = {"mask": "none", "narrow": signed} if weight else {"mask": "after", "nan_gradient": "pass"}
+        form = {
+            "zero": "float",
+            "through": "chain",
+            "symmetric": False,
+            "bits": bits,
+            "signed": signed,
+            "axis": axis,
+        }
+        return cls(**{**form, **clamp, **changes})
+
+    @classmethod
+    def modelopt(cls, bits: int = 8, signed: bool = True, axis: int | None = None, **changes: Any) -> QuantSpec:
+        """The numbers of NVIDIA Model-Optimizer's ``fake_tensor_quant``: the scale tensor holds amax, ``k = qmax/amax``,
+        ``y = q / k``; the gradient passes where ``|x| <= amax``; amax of 2**-24 and less gives 0.
+        ``pass_through_bwd=True``, the default of its TensorQuantizer, is ``mask="none"``; its ``narrow_range`` is
+        ``narrow``."""
+        form = {
+            "arithmetic": "inverse",
+            "mask": "absmax",
+            "eps": 2.0**-24,
             "bits": bits,
             "signed": signed,
             "axis": axis,

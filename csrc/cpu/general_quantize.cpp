@@ -6,6 +6,7 @@
 #include "core/storage.h"
 #include "core/tensor.h"
 #include "cpu/threads.h"
+#include "math/block_scale.h"
 #include "math/general_quantize.h"
 
 namespace fastflat::cpu {
@@ -142,6 +143,49 @@ Tensor general_quantize_jvp(const MaybeTensor& tx_, const MaybeTensor& ts_, cons
   return ty;
 }
 
+// Scales from largest magnitudes, in the compute type.
+template <class C>
+void store_scales(const GeneralQuantizeCall& call, const std::vector<double>& absmax, const MaybeTensor& outer,
+                  void* scale) {
+  const auto grid = GeneralGrid<C>::make(call.qmin, call.qmax, call.eps, 1.0, call.rules);
+  const C over = outer ? *static_cast<const C*>(outer->const_data_ptr()) : C(1);
+  for (size_t c = 0; c < absmax.size(); ++c) {
+    static_cast<C*>(scale)[c] = block_scale(static_cast<C>(absmax[c]), over, grid.base.qmax, grid.format, call.rules);
+  }
+}
+
+std::tuple<Tensor, Tensor> general_quantize_dynamic(const Tensor& x_, const MaybeTensor& state, const MaybeTensor& nu,
+                                                    const MaybeTensor& a, const MaybeTensor& outer, int64_t qmin,
+                                                    int64_t qmax, int64_t axis, int64_t group, double eps,
+                                                    int64_t rules, std::optional<ScalarType> dtype) {
+  constexpr auto op = "general_quantize_dynamic";
+  check_layout(op, x_, axis, group);
+  if (outer) check_parameter(op, "outer", *outer, x_, 1);
+  const Tensor x = dense(x_, group > 0);
+  const ScalarType compute = compute_type(x.scalar_type());
+  Tensor scale = empty_dense(x, scale_sizes(x, axis, group), compute);
+  Call call(op, x, scale, std::nullopt, state, nu, a, qmin, qmax, axis, group, eps, rules);
+  const ScalarType result = dtype.value_or(x.scalar_type());
+  const Pair pair = pair_of(op, x.scalar_type(), result);
+  const Storage storage = storage_of(op, "x", x.scalar_type());
+  FakeQuantizeCall measured{};
+  measured.geometry = call.geometry;
+  measured.x = call.x;
+  std::vector<double> absmax(call.geometry.channels, 0.0);
+  reduce(fake_quantize_loops().absmax_channels[storage], fake_quantize_loops().absmax_range[storage], measured, 1,
+         absmax.data(), [](double p, double q) { return larger_magnitude(p, q); });
+  if (compute == ScalarType::Double) {
+    store_scales<double>(call, absmax, outer, scale.mutable_data_ptr());
+  } else {
+    store_scales<float>(call, absmax, outer, scale.mutable_data_ptr());
+  }
+  call.scale = scale.const_data_ptr();
+  Tensor y = empty_like(call.data, result, group > 0);
+  call.out = y.mutable_data_ptr();
+  map<GeneralQuantizeCall>(general_quantize_loops().forward[pair], call);
+  return {y, scale};
+}
+
 }  // namespace
 }  // namespace fastflat::cpu
 
@@ -149,4 +193,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastflat, CPU, m) {
   m.impl("general_quantize", TORCH_BOX(&fastflat::cpu::general_quantize));
   m.impl("general_quantize_bwd", TORCH_BOX(&fastflat::cpu::general_quantize_bwd));
   m.impl("general_quantize_jvp", TORCH_BOX(&fastflat::cpu::general_quantize_jvp));
+  m.impl("general_quantize_dynamic", TORCH_BOX(&fastflat::cpu::general_quantize_dynamic));
 }

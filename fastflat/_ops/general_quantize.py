@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from fastflat._ops._row import Op, like, out_size, size_of
+from fastflat._ops._row import Op, compute_dtype, like, out_size, scale_shape, size_of
 
 
 def _fake_general_quantize(
@@ -27,6 +27,13 @@ def _fake_general_quantize_jvp(
     tx, ts, tz, x, scale, zero_point, state, nu, a, qmin, qmax, axis, group, eps, rules, factor, dtype=None
 ):  # fmt: skip
     return like(x, group, dtype)
+
+
+def _fake_general_quantize_dynamic(
+    x, state, nu, a, outer, qmin, qmax, axis, group, eps, rules, dtype=None
+):  # fmt: skip
+    scale = x.new_empty(scale_shape(x.shape, axis, group), dtype=compute_dtype(x.dtype))
+    return like(x, group, dtype), scale
 
 
 _DRAWN = "Tensor? state, Tensor? nu, Tensor? a"
@@ -75,5 +82,16 @@ ROWS = (
         ),
         """The tangent of y, the exact transpose of ``general_quantize_bwd`` without ``delta``: EWGS is no gradient of
         anything, so its tangent is that of the straight-through rule. A map.""",
+    ),
+    Op(
+        "general_quantize_dynamic",
+        "general_quantize",
+        f"(Tensor x, {_DRAWN}, Tensor? outer, {_GRID}, ScalarType? dtype=None) -> (Tensor y, Tensor scale)",
+        _fake_general_quantize_dynamic,
+        lambda x, state, nu, a, outer, *grid, dtype=None: size_of(x) + out_size(x, dtype),
+        """The scale from the largest magnitude of its elements by the rules ``scale_*`` (absent: magnitude / largest
+        value), then :func:`general_quantize` without zero-point. ``outer``, a scalar in the compute type, is the second
+        level of ``scale_e4m3``. The maximum is exact: y and scale have the same bits on every backend. Formulas:
+        csrc/math/block_scale.h.""",
     ),
 )

@@ -6,8 +6,8 @@ The rule is that of :mod:`fastflat.autograd.fake_quantize`, with the draws of th
     Gradient  g -> (gx, gs, gz, gdelta) = (m k g,  f sum g (d - m k u),  -f s sum g (1 - m k),  sum m |g| e x)
     Tangent   (tx, ts, tz) -> ty = m tx + (d - m u) (f ts) - (1 - m) s (f tz)
 
-k = 1 + delta sign(g) e scales what passes (EWGS), e is what rounding took away. EWGS is no gradient of anything: Tangent
-and everything of second order use k = 1. nu, a and the state are constants.
+k = 1 + delta sign(g) e scales what passes (EWGS), e is what rounding took away. EWGS is no gradient of anything:
+Tangent and everything of second order use k = 1. nu, a and the state are constants.
 
 Under vmap a call without draws becomes one call with more channels. With draws each sample is a call of its own: its
 draws must not depend on how many samples there are.
@@ -50,8 +50,8 @@ class Value(Function):
     @staticmethod
     def vmap(info, in_dims, x, scale, zero_point, state, nu, a, delta, plan):
         args = (x, scale, zero_point, state, nu, a, delta, plan)
-        if _one_by_one(state, nu, a, delta):
-            return _each(Value, info, in_dims, args), 0
+        if one_by_one(state, nu, a, delta):
+            return each(Value, info, in_dims, args), 0
         batch = _batching.Batch(info.batch_size, plan)
         x, scale, zero_point = batch.inputs(in_dims, x, scale, zero_point)
         return batch.split_data(Value.apply(x, scale, zero_point, None, None, None, None, batch.plan)), 0
@@ -62,7 +62,7 @@ class Gradient(Function):
 
     @staticmethod
     def forward(gy, x, scale, zero_point, state, nu, a, delta, plan):
-        return _backward_kernel(gy, plan)(
+        return backward_kernel(gy, plan)(
             gy, x, scale, zero_point, state, nu, a, delta, *plan.grid, plan.factor, plan.trains_scale, plan.trains_delta
         )
 
@@ -98,8 +98,8 @@ class Gradient(Function):
         args = (gy, x, scale, zero_point, state, nu, a, delta, plan)
         s_dim = 0 if plan.trains_scale else None
         dims = (0, s_dim, s_dim if zero_point is not None else None, 0 if plan.trains_delta else None)
-        if _one_by_one(state, nu, a, delta):
-            results = _each(Gradient, info, in_dims, args)
+        if one_by_one(state, nu, a, delta):
+            results = each(Gradient, info, in_dims, args)
             return tuple(r if d == 0 else r[0] for r, d in zip(results, dims, strict=True)), dims
         batch = _batching.Batch(info.batch_size, plan)
         x, scale, zero_point = batch.inputs(in_dims[1:], x, scale, zero_point)
@@ -162,8 +162,8 @@ class Tangent(Function):
     @staticmethod
     def vmap(info, in_dims, tx, ts, tz, x, scale, zero_point, state, nu, a, plan):
         args = (tx, ts, tz, x, scale, zero_point, state, nu, a, plan)
-        if _one_by_one(state, nu, a):
-            return _each(Tangent, info, in_dims, args), 0
+        if one_by_one(state, nu, a):
+            return each(Tangent, info, in_dims, args), 0
         batch = _batching.Batch(info.batch_size, plan)
         tx = batch.data(tx, in_dims[0])
         ts, tz = (batch.parameter(t, d) for t, d in ((ts, in_dims[1]), (tz, in_dims[2])))
@@ -187,7 +187,7 @@ class PlainValue(Function):
         if torch.is_grad_enabled() or transformed():
             return _present(ctx, Gradient.apply(gy, *saved, plan))
         with below_autograd():
-            gradients = _backward_kernel(gy, plan)(
+            gradients = backward_kernel(gy, plan)(
                 gy, *saved, *plan.grid, plan.factor, plan.trains_scale, plan.trains_delta
             )
         return _present(ctx, gradients)
@@ -231,7 +231,7 @@ def general_quantize(
     return (Value if transformed() else PlainValue).apply(*tensors, plan)
 
 
-def _backward_kernel(gy, plan):
+def backward_kernel(gy, plan):
     """The backward op; batches of is_grads_batched=True consult no vmap rule and are taken apart by the dispatcher."""
     return torch.ops.fastflat.general_quantize_bwd if is_batched_cotangent(gy) else plan.kernels.general_quantize_bwd
 
@@ -255,16 +255,19 @@ def _crossed(plan, gy, x, scale, zero_point, state, nu, a, with_scale, with_zero
     return (None if with_scale is None else second * with_scale), (None if with_zero is None else second * with_zero)
 
 
-def _one_by_one(*draws: Tensor | None) -> bool:
+def one_by_one(*draws: Tensor | None) -> bool:
+    """Whether vmap must call once a sample: there are draws, or scalars that may differ."""
     return any(t is not None for t in draws)
 
 
-def _each(function, info, in_dims, args):
+def each(function, info, in_dims, args):
     """`function` on each sample by itself, the results stacked along a new first axis."""
-    results = [
-        function.apply(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
+    results = []
+    for i in range(info.batch_size):
+        # The plan is no tensor, whatever functorch makes of a named tuple.
+        batched = [isinstance(arg, Tensor) and dim is not None for arg, dim in zip(args, in_dims, strict=True)]
+        here = zip(args, in_dims, batched, strict=True)
+        results.append(function.apply(*(arg.select(dim, i) if picked else arg for arg, dim, picked in here)))
     if isinstance(results[0], tuple):
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
     return torch.stack(results)

@@ -10,6 +10,7 @@ from fastflat import _checks
 from fastflat._ops import compute_dtype
 from fastflat._spec import RULES, QuantSpec
 from fastflat.autograd import fake_quantize as rule
+from fastflat.autograd import general_dynamic as dynamic
 from fastflat.autograd import general_quantize as general
 from fastflat.backends import forced_backend, kernels
 from fastflat.functional import _noise
@@ -97,18 +98,11 @@ def fake_quantize(
         if nu is not None or a is not None or delta is not None or generator is not None or state is not None:
             _unwanted(op, spec, nu=nu, a=a, delta=delta, generator=generator, state=state)
         return rule.fake_quantize(x, scale, zero_point, plan)
-    if spec.draws:
-        state = _noise.state_for(op, x, state, generator)
-    else:
-        _unwanted(op, spec, generator=generator, state=state)
-    if nu is not None:
-        nu = _noise.scalar(op, "nu", nu, x, compute) if spec.noise != "none" else _unwanted(op, spec, nu=nu)
-    if a is not None:
-        a = _noise.scalar(op, "a", a, x, compute) if spec.noise == "temper" else _unwanted(op, spec, a=a)
+    state, nu, a = _chance(op, x, spec, nu, a, generator, state)
     if spec.estimator == "ewgs":
         if delta is None:
             _checks.fail(op, "delta", "be given with estimator='ewgs'", None, "; a number or a 0-dim tensor")
-        delta = _noise.scalar(op, "delta", delta, x, compute)
+        delta = _noise.scalar(op, "delta", delta, x)
         plan = plan._replace(trains_delta=delta.requires_grad)
     elif delta is not None:
         _unwanted(op, spec, delta=delta)
@@ -132,15 +126,34 @@ def _unwanted(op: str, spec: QuantSpec, **arguments: object) -> None:
             _checks.fail(op, name, f"be None unless the spec has {needs}", f"a value with {got}")
 
 
-def fake_quantize_dynamic(x: Tensor, *, spec: QuantSpec, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Quantize x with a scale taken from x itself, fused: ``scale = max|x| / max(qmax, 1)`` over each scale's elements.
+def fake_quantize_dynamic(
+    x: Tensor,
+    *,
+    spec: QuantSpec,
+    nu: Tensor | float | None = None,
+    a: Tensor | float | None = None,
+    generator: torch.Generator | None = None,
+    state: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Quantize x with a scale taken from x itself, fused, by ``spec.scale_rule``; a is the largest magnitude of the
+    elements of a scale, ``largest`` the highest value of the grid, ``emax = floor(log2 largest)``::
 
-    The maximum is exact, so y and scale have the same bits on every backend. The scale counts as a constant in every
-    derivative (``dL/dx = m dL/dy``). NaN in the data makes its scale NaN.
+        absmax   s = a / max(largest, 1)
+        floor    s = 2**(floor(log2 a) - emax)                 OCP Microscaling Formats v1.0, section 6.3
+        ceil     s = 2**(ceil(log2 a) - emax)
+        even     floor, with a first rounded to the format's mantissa bits, halves up
+        rceil    s = 2**ceil(log2(a / largest))
+        e4m3     s = o e4m3(clamp(a / largest / o, 2**-6, 448)), o = max|x| / (448 largest) over the whole tensor (NVFP4)
+
+    Powers of two lie in [2**-126, 2**127]. The maximum is exact, so y and scale have the same bits on every backend. The
+    scale counts as a constant in every derivative (``dL/dx = m dL/dy``). NaN in the data makes its scale NaN.
 
     Args:
         x: as in :func:`fake_quantize`.
-        spec: the quantizer; ``symmetric=True``, ``estimator="ste"``.
+        spec: the quantizer; ``symmetric=True``, ``estimator="ste"``, ``scale_is="s"``. Block formats:
+            :meth:`QuantSpec.mx`, :meth:`QuantSpec.nvfp4`.
+        nu, a, generator, state: as in :func:`fake_quantize`.
         dtype: storage type of y.
 
     Returns:
@@ -155,9 +168,43 @@ def fake_quantize_dynamic(x: Tensor, *, spec: QuantSpec, dtype: torch.dtype | No
         _checks.fail(op, "spec.symmetric", "be True: an absmax scale has no zero-point", spec.symmetric)
     if spec.estimator != "ste":
         _checks.fail(op, "spec.estimator", "be 'ste': the scale comes from the data", repr(spec.estimator))
+    if spec.scale_is != "s" or spec.arithmetic == "inverse":
+        got = f"scale_is={spec.scale_is!r}, arithmetic={spec.arithmetic!r}"
+        _checks.fail(op, "spec", "have scale_is='s' and no inverse arithmetic: the scale comes from the data", got)
     if dtype is not None:
         _checks.stored_as(op, x, dtype)
-    return rule.fake_quantize_absmax(x, rule.Plan(_grid(spec, x), 1.0, False, dtype, _kernels_for(x)))
+    *grid, rules = _grid(spec, x)
+    if spec.scale_rule != "absmax":
+        rules |= RULES[f"scale_{spec.scale_rule}"]
+    plan = rule.Plan((*grid, rules), 1.0, False, dtype, _kernels_for(x))
+    if rules <= 0xFF:
+        _unwanted(op, spec, nu=nu, a=a, generator=generator, state=state)
+        return rule.fake_quantize_absmax(x, plan)
+    compute = compute_dtype(x.dtype)
+    state, nu, a = _chance(op, x, spec, nu, a, generator, state)
+    outer = None
+    if spec.scale_rule == "e4m3":
+        # Exact in any order, and NaN stays: the maximum of the magnitudes.
+        outer = torch.linalg.vector_norm(x.detach(), ord=float("inf")).to(compute) if x.numel() else None
+        outer = torch.ones((), dtype=compute, device=x.device) if outer is None else outer / (448.0 * spec.qmax)
+    return dynamic.general_quantize_dynamic(x, state, nu, a, outer, plan)
+
+
+def _chance(op, x, spec, nu, a, generator, state):
+    """state, nu and a of a call as the raw ops take them; refused where the spec has no use for them."""
+    if spec.draws:
+        state = _noise.state_for(op, x, state, generator)
+    else:
+        _unwanted(op, spec, generator=generator, state=state)
+    if spec.noise == "none":
+        _unwanted(op, spec, nu=nu)
+    elif nu is not None:
+        nu = _noise.scalar(op, "nu", nu, x)
+    if spec.noise != "temper":
+        _unwanted(op, spec, a=a)
+    elif a is not None:
+        a = _noise.scalar(op, "a", a, x)
+    return state, nu, a
 
 
 def _grid(spec: QuantSpec, x: Tensor) -> tuple[int, int, int, int, float, int]:

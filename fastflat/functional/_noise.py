@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastflat import _checks
+from fastflat._ops import compute_dtype
 
 _WHOLE = (-(2**63), 2**63 - 1)
 
@@ -36,8 +37,9 @@ def state_for(op: str, x: Tensor, state: Tensor | None, generator: torch.Generat
     return state.contiguous()
 
 
-def scalar(op: str, name: str, value: Tensor | float, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A number or 0-dim tensor as a device scalar of the compute type."""
+def scalar(op: str, name: str, value: Tensor | float, x: Tensor) -> Tensor:
+    """A number or 0-dim tensor as a device scalar of the compute type of x."""
+    dtype = compute_dtype(x.dtype)
     if isinstance(value, Tensor):
         if value.dim() or not value.is_floating_point():
             _checks.fail(

@@ -144,6 +144,19 @@ def fake_quantize_jvp(
     return finish((through + by_scale) - by_zero, x, group, dtype)
 
 
+def absmax_of(x: Tensor, axis: int, group: int) -> Tensor:
+    """Largest magnitude of the elements of each scale, in the compute type; 0 where there are none."""
+    magnitude = blocked(x, group).to(compute_dtype(x.dtype)).abs()
+    shape = scale_shape(x.shape, axis, group)
+    if x.numel() == 0:
+        return magnitude.new_zeros(shape)
+    if group:
+        return magnitude.amax(-1)
+    if axis < 0:
+        return magnitude.amax()
+    return magnitude.movedim(axis, 0).reshape(shape[0], -1).amax(-1)
+
+
 def fake_quantize_absmax(
     x: Tensor,
     qmin: int,
@@ -154,15 +167,6 @@ def fake_quantize_absmax(
     rules: int,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    magnitude = blocked(x, group).to(compute_dtype(x.dtype)).abs()
-    shape = scale_shape(x.shape, axis, group)
-    if x.numel() == 0:
-        absmax = magnitude.new_zeros(shape)
-    elif group:
-        absmax = magnitude.amax(-1)
-    elif axis < 0:
-        absmax = magnitude.amax()
-    else:
-        absmax = magnitude.movedim(axis, 0).reshape(shape[0], -1).amax(-1)
+    absmax = absmax_of(x, axis, group)
     scale = absmax / torch.full_like(absmax, max(qmax, 1))
     return fake_quantize(x, scale, None, qmin, qmax, axis, group, eps, rules, dtype), scale

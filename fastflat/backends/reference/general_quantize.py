@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastflat._ops import compute_dtype
 from fastflat._spec import MINIFLOATS, RULES
 from fastflat.backends.reference import _noise
-from fastflat.backends.reference.fake_quantize import group_parameters
+from fastflat.backends.reference.fake_quantize import absmax_of, group_parameters
 from fastflat.backends.reference.layout import blocked, broadcast, finish, sum_to_scale
 
 _ADDITIVE = RULES["noise_uniform"] | RULES["noise_normal"]
@@ -277,3 +278,55 @@ def general_quantize_jvp(
     by_scale = (code.d - inner) * (ts * factor)
     by_zero = torch.where(code.m, zero, c.s * (tz * factor))
     return finish((through + by_scale) - by_zero, x, group, dtype)
+
+
+def _log2(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponents of the powers of two at or below, and at or above, fp32 v >= 0; -127 below the normal numbers."""
+    bits = v.view(torch.int32)
+    floor = (bits >> 23) - 127
+    return floor, floor + ((bits & 0x7FFFFF != 0) & (floor > -127)).int()
+
+
+def _block_scale(absmax: Tensor, outer: Tensor | None, qmax: int, rules: int) -> Tensor:
+    """The scale of a block from its largest magnitude: csrc/math/block_scale.h."""
+    largest, unit = float(_limits(0, qmax, rules)[1]), (_minifloat(rules) or (0, 0, 1.0))[2]
+    if rules & RULES["scale_e4m3"]:
+        wanted = (absmax / torch.full_like(absmax, largest)) / (1.0 if outer is None else outer)
+        held = torch.where(wanted < 2.0**-6, 2.0**-6, wanted)
+        held = torch.where(held > 448.0, 448.0, held).to(absmax.dtype)
+        rounded = _on_floats(held, None, MINIFLOATS["e4m3"], 0)
+        return rounded if outer is None else outer * torch.where(held.isnan(), held, rounded)
+    if not rules & (RULES["scale_floor"] | RULES["scale_ceil"] | RULES["scale_even"] | RULES["scale_rceil"]):
+        return absmax / torch.full_like(absmax, max(largest, 1.0))
+    a = absmax.to(torch.float32)
+    emax = math.floor(math.log2(largest))
+    if rules & RULES["scale_rceil"]:
+        e = _log2(a / torch.full_like(a, largest))[1]
+    elif rules & RULES["scale_ceil"]:
+        e = _log2(a)[1] - emax
+    elif rules & RULES["scale_even"]:
+        half = 1 << (22 + int(math.log2(unit)))
+        e = _log2((a.view(torch.int32) + half).view(torch.float32))[0] - emax
+    else:
+        e = _log2(a)[0] - emax
+    power = ((e.clamp(-126, 127) + 127) << 23).view(torch.float32).to(absmax.dtype)
+    return torch.where(absmax.isnan(), absmax, power)
+
+
+def general_quantize_dynamic(
+    x: Tensor,
+    state: Tensor | None,
+    nu: Tensor | None,
+    a: Tensor | None,
+    outer: Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int,
+    group: int,
+    eps: float,
+    rules: int,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    scale = _block_scale(absmax_of(x, axis, group), outer, qmax, rules)
+    y = general_quantize(x, scale, None, state, nu, a, qmin, qmax, axis, group, eps, rules, dtype)
+    return y, scale
