@@ -114,6 +114,41 @@ class Emulated:
         )
         return y, scale
 
+    def mixquant(self, x, scale, qmin, qmax, weight, axis, group, eps, rules, dtype=None) -> Tensor:
+        y = poisoned(x, dtype or x.dtype)
+        mixture = self._mixture(scale, qmin, qmax, weight, None, eps, rules)
+        g = self.geometry(x, axis, group)
+        self._check(self.module.mixquant(self._pair(x, y), g, mixture, x.data_ptr(), y.data_ptr(), STREAM))
+        return y
+
+    def mixquant_bwd(
+        self, gy, x, scale, qmin, qmax, weight, factor, axis, group, eps, rules
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        m, pair, g = self.module, self._pair(x, gy), self.geometry(x, axis, group)
+        mixture = self._mixture(scale, qmin, qmax, weight, factor, eps, rules)
+        gx, gs, gw = poisoned(x, x.dtype), poisoned(scale, scale.dtype), poisoned(weight, weight.dtype)
+        work = poison(torch.empty(m.mixquant_bwd_workspace(pair, g, len(weight)), dtype=torch.uint8))
+        results = (t.data_ptr() for t in (gx, gs, gw, work))
+        self._check(m.mixquant_bwd(pair, g, mixture, gy.data_ptr(), x.data_ptr(), *results, STREAM))
+        return gx, gs, gw
+
+    def mixquant_jvp(
+        self, tx, ts, tw, x, scale, qmin, qmax, weight, factor, axis, group, eps, rules, dtype=None
+    ) -> Tensor:
+        ty = poisoned(x, dtype or x.dtype)
+        of_result = tx is not None and tx.dtype != x.dtype
+        mixture = self._mixture(scale, qmin, qmax, weight, factor, eps, rules)
+        tangents = [0 if t is None else t.data_ptr() for t in (tx, ts, tw)]
+        pair, g = self._pair(x, ty), self.geometry(x, axis, group)
+        self._check(
+            self.module.mixquant_jvp(pair, of_result, g, mixture, *tangents, x.data_ptr(), ty.data_ptr(), STREAM)
+        )
+        return ty
+
+    def _mixture(self, scale, qmin, qmax, weight, factor, eps, rules):
+        tensors = (0 if t is None else t.data_ptr() for t in (scale, qmin, qmax, weight, factor))
+        return self.module.Mixture(*tensors, len(weight), eps, rules)
+
     def _pair(self, x: Tensor, y: Tensor):
         return getattr(self.module.Pair, PAIRS[x.dtype, y.dtype])
 

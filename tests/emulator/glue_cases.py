@@ -89,6 +89,26 @@ def compare(x, axis, group, result):
     same(got[1], want[1])
 
 
+def compare_mixed(x, axis, group, result):
+    shape, compute = _ops.scale_shape(x.shape, axis, group), _ops.compute_dtype(x.dtype)
+    scale, weight = torch.rand((2, *shape), dtype=compute) + 0.2, torch.randn(2, dtype=compute)
+    if scale.dim() == 3:
+        scale = scale.mT.contiguous().mT  # parameters need not be contiguous
+    low = torch.tensor([-2.0, -8.0], dtype=compute)
+    candidates = (scale, low, -low - 1, weight)
+    rest = (axis, group, TINY, 0)
+    same(call("mixquant", x, *candidates, *rest, result), reference.mixquant(x, *candidates, *rest, result))
+    gy = randn(*reversed(x.shape), dtype=result).permute(*reversed(range(x.dim())))
+    args = (gy, x, *candidates, weight, *rest)
+    got, want = call("mixquant_bwd", *args), reference.mixquant_bwd(*args)
+    same(got[0], want[0])
+    close(got[1], want[1])
+    close(got[2], want[2])
+    for tangents in ((gy, scale, None), (gy.to(x.dtype), None, weight), (None, scale, weight)):
+        args = (*tangents, x, *candidates, weight, *rest, result)
+        same(call("mixquant_jvp", *args), reference.mixquant_jvp(*args))
+
+
 def refused(text, name, *args):
     message = None
     try:
@@ -106,8 +126,10 @@ for dtype, result in [*PAIRS, (torch.float32, torch.bfloat16), (torch.float32, t
     for x, axis in layouts(dtype):
         compare(x, axis, 0, result)
         compare(x, -1, 0, result)
+        compare_mixed(x, axis, 0, result)
         if x.shape[-1] % 3 == 0 and x.numel():
             compare(x, -1, 3, result)
+            compare_mixed(x, -1, 3, result)
 
 x, one = randn(4, 6), torch.ones(())
 grid = (-8, 7, -1, 0, TINY, 0)
@@ -117,4 +139,6 @@ refused("x must be float32, bfloat16", "fake_quantize", x.int(), one, None, *gri
 refused("group must divide", "fake_quantize", x, one, None, -8, 7, -1, 4, TINY, 0)
 refused("gy must have the shape of x", "fake_quantize_bwd", x[1:], x, one, None, *grid, 1.0, True)
 refused("tx must have the dtype", "fake_quantize_jvp", x.half(), None, None, x, one, None, *grid, 1.0)
+nine = torch.ones(9)
+refused("from 1 to 8 candidates", "mixquant", x, nine, nine, nine, nine, -1, 0, TINY, 0)
 print(compared)

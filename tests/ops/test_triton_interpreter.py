@@ -19,10 +19,9 @@ pytestmark = pytest.mark.triton
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-MODULES = [HERE / "triton_interpreted.py"]
-MODULES += [
-    path for family in _ops.FAMILIES if (path := HERE / f"triton_interpreted_{family.ROWS[0].family}.py").exists()
-]
+NAMES_OF_FAMILIES = [family.ROWS[0].family for family in _ops.FAMILIES]
+MODULES = [HERE / "triton_interpreted.py", *(HERE / f"triton_interpreted_{name}.py" for name in NAMES_OF_FAMILIES)]
+MODULES = [module for module in MODULES if module.exists()]
 
 
 def _tests(module):

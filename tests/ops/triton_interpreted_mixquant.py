@@ -76,7 +76,7 @@ def test_every_place_and_type(place, dtype):
         check(common.data(shape, dtype), axis, group, rules, 3)
 
 
-@pytest.mark.parametrize("count", (1, 2, 5, 8))
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
 def test_any_number_of_candidates(count):
     for place in ("tensor", "columns", "group"):
         shape, axis, group = common.PLACES[place]
