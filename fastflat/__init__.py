@@ -4,7 +4,15 @@
 from fastflat import functional, quant
 from fastflat._spec import QuantSpec
 from fastflat.backends import FallbackWarning, backend, backends, choose
-from fastflat.functional import draw_state, fake_quantize, fake_quantize_dynamic, frac_quantize, mixquant
+from fastflat.functional import (
+    binarize,
+    draw_state,
+    fake_quantize,
+    fake_quantize_dynamic,
+    frac_quantize,
+    liq_quantize,
+    mixquant,
+)
 from fastflat.memory import tune_host_memory
 from fastflat.quant import calibrate, param_groups, prepare
 
@@ -15,6 +23,7 @@ __all__ = [
     "QuantSpec",
     "backend",
     "backends",
+    "binarize",
     "calibrate",
     "choose",
     "draw_state",
@@ -22,6 +31,7 @@ __all__ = [
     "fake_quantize_dynamic",
     "frac_quantize",
     "functional",
+    "liq_quantize",
     "mixquant",
     "param_groups",
     "prepare",

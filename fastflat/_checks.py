@@ -90,3 +90,24 @@ def scale_values(op: str, scale: Tensor, name: str = "scale") -> None:
 def axis_of(spec: QuantSpec, dim: int) -> int:
     """The axis that the raw ops take: non-negative, -1 for none."""
     return -1 if spec.axis is None else spec.axis % max(dim, 1)
+
+
+def dense_data(op: str, name: str, x: object, axis: object, group: object = None) -> tuple[int, int]:
+    """x is a dense floating tensor that axis or group fits; returns them as the raw ops take them."""
+    if not isinstance(x, Tensor):
+        fail(op, name, "be a tensor", type(x))
+    if x.layout is not torch.strided:
+        fail(op, name, "be a dense tensor", x.layout)
+    if x.dtype not in FLOATS:
+        fail(op, name, "be float32, bfloat16, float16 or float64", x.dtype)
+    for argument, value in (("axis", axis), ("group", group)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            fail(op, argument, "be an int or None", type(value))
+    if axis is not None and group is not None:
+        fail(op, "group", "be None when axis is given", group)
+    if axis is not None and not -x.dim() <= axis < x.dim():
+        want = f"lie in [{-x.dim()}, {x.dim() - 1}]" if x.dim() else "be None"
+        fail(op, "axis", f"{want} for {name} of shape {list(x.shape)}", axis)
+    if group is not None and (x.dim() == 0 or group < 1 or x.shape[-1] % group):
+        fail(op, "group", f"divide the last axis of {name}, of shape {list(x.shape)}", group)
+    return -1 if axis is None else axis % x.dim(), group or 0

@@ -1,8 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What users call: checked, differentiable, on the backend in force. One module an op family."""
 
+from fastflat.functional._binarize import binarize
 from fastflat.functional._fake_quantize import fake_quantize, fake_quantize_dynamic
+from fastflat.functional._liq import liq_quantize
 from fastflat.functional._mixquant import frac_quantize, mixquant
 from fastflat.functional._noise import draw_state
 
-__all__ = ["draw_state", "fake_quantize", "fake_quantize_dynamic", "frac_quantize", "mixquant"]
+__all__ = [
+    "binarize",
+    "draw_state",
+    "fake_quantize",
+    "fake_quantize_dynamic",
+    "frac_quantize",
+    "liq_quantize",
+    "mixquant",
+]
