@@ -6,6 +6,9 @@ from fastflat._spec import QuantSpec
 from fastflat.backends import FallbackWarning, backend, backends, choose
 from fastflat.functional import (
     binarize,
+    bitplane,
+    bitplane_codes,
+    bitplane_init,
     draw_state,
     fake_quantize,
     fake_quantize_dynamic,
@@ -23,6 +26,9 @@ __all__ = [
     "QuantSpec",
     "backend",
     "backends",
+    "bitplane",
+    "bitplane_codes",
+    "bitplane_init",
     "binarize",
     "calibrate",
     "choose",

@@ -17,13 +17,13 @@ from collections.abc import Callable
 
 import torch
 
-from fastflat._ops import binarize, fake_quantize, general_quantize, identity, liq, mixquant
+from fastflat._ops import binarize, bitplane, fake_quantize, general_quantize, identity, liq, mixquant
 from fastflat._ops._row import Op, compute_dtype, scale_shape
 
 NAMESPACE = "fastflat"
 
 #: Modules with the rows of a family each, under the family's name.
-FAMILIES = (identity, fake_quantize, general_quantize, mixquant, binarize, liq)
+FAMILIES = (identity, fake_quantize, general_quantize, mixquant, binarize, liq, bitplane)
 
 OPS: dict[str, Op] = {op.name: op for family in FAMILIES for op in family.ROWS}
 

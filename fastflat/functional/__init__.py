@@ -2,12 +2,16 @@
 """What users call: checked, differentiable, on the backend in force. One module an op family."""
 
 from fastflat.functional._binarize import binarize
+from fastflat.functional._bitplane import bitplane, bitplane_codes, bitplane_init
 from fastflat.functional._fake_quantize import fake_quantize, fake_quantize_dynamic
 from fastflat.functional._liq import liq_quantize
 from fastflat.functional._mixquant import frac_quantize, mixquant
 from fastflat.functional._noise import draw_state
 
 __all__ = [
+    "bitplane",
+    "bitplane_codes",
+    "bitplane_init",
     "binarize",
     "draw_state",
     "fake_quantize",

@@ -109,6 +109,31 @@ def compare_mixed(x, axis, group, result):
         same(call("mixquant_jvp", *args), reference.mixquant_jvp(*args))
 
 
+def bitplanes(pair):
+    """Planes that the kernels take as they are, and some that they cannot."""
+    dtype, result = pair
+    compute = _ops.compute_dtype(dtype)
+    plane = randn(5, 4, 6, dtype=dtype)
+    off_the_grid = randn(5 * 24 + 1, dtype=dtype)[1:].view(5, 4, 6)
+    m, scale, beta = randn(10, dtype=compute)[::2], torch.tensor(0.7, dtype=compute), torch.tensor(1.5, dtype=compute)
+    for p, q in (
+        (plane, off_the_grid),
+        (off_the_grid, randn(5, 6, 4, dtype=dtype).transpose(1, 2)),
+        (randn(5, 8, 6, dtype=dtype)[:, ::2], plane),
+        (plane[:, :0], plane[:, :0]),
+    ):
+        args = (p, q, m, scale, beta, False, False)
+        same(call("bitplane", *args, result), reference.bitplane(*args, result))
+        gw = randn(6, p.shape[1], dtype=result).t()
+        got, want = call("bitplane_bwd", gw, *args), reference.bitplane_bwd(gw, *args)
+        same(got[0], want[0])
+        same(got[1], want[1])
+        close(got[2], want[2])
+        close(got[3], want[3])
+        for tangents in ((q, None, m, None), (None, p, None, scale)):
+            same(call("bitplane_jvp", *tangents, *args, result), reference.bitplane_jvp(*tangents, *args, result))
+
+
 def refused(text, name, *args):
     message = None
     try:
@@ -131,6 +156,9 @@ for dtype, result in [*PAIRS, (torch.float32, torch.bfloat16), (torch.float32, t
             compare(x, -1, 3, result)
             compare_mixed(x, -1, 3, result)
 
+for pair in [*PAIRS, (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]:
+    bitplanes(pair)
+
 x, one = randn(4, 6), torch.ones(())
 grid = (-8, 7, -1, 0, TINY, 0)
 refused("scale must have 4 values", "fake_quantize", x, torch.ones(3), None, -8, 7, 0, 0, TINY, 0)
@@ -141,4 +169,10 @@ refused("gy must have the shape of x", "fake_quantize_bwd", x[1:], x, one, None,
 refused("tx must have the dtype", "fake_quantize_jvp", x.half(), None, None, x, one, None, *grid, 1.0)
 nine = torch.ones(9)
 refused("from 1 to 8 candidates", "mixquant", x, nine, nine, nine, nine, -1, 0, TINY, 0)
+refused("q must have the shape of p", "bitplane", x, x[1:], torch.ones(4), one, one, False, False)
+refused("m must have 4 values", "bitplane", x, x, torch.ones(3), one, one, False, False)
+refused("gw must have the shape of a plane", "bitplane_bwd", x, x, x, torch.ones(4), one, one, False, False)
+refused(
+    "tp must have the dtype of p", "bitplane_jvp", x.half(), None, None, None, x, x, x[:, 0], one, one, False, False
+)
 print(compared)
