@@ -44,6 +44,31 @@ class Emulated:
         self._check(self.module.identity(x.data_ptr(), y.data_ptr(), x.numel() * x.element_size(), STREAM))
         return y
 
+    def bitplane(self, p, q, m, scale, beta, hard_w, hard_m, dtype=None) -> Tensor:
+        w = poison(torch.empty(p.shape[1:], dtype=dtype or p.dtype))
+        a = self._bitplanes(p, q, m, scale, beta, hard_w, hard_m)
+        self._check(self.module.bitplane(self._pair(p, w), a, w.data_ptr(), STREAM))
+        return w
+
+    def bitplane_bwd(self, gw, p, q, m, scale, beta, hard_w, hard_m) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        results = tuple(poisoned(t, t.dtype) for t in (p, q, m, scale))
+        pair, a = self._pair(p, gw), self._bitplanes(p, q, m, scale, beta, hard_w, hard_m)
+        work = poison(torch.empty(self.module.bitplane_bwd_workspace(pair, a), dtype=torch.uint8))
+        addresses = [t.data_ptr() for t in (gw, *results, work)]
+        self._check(self.module.bitplane_bwd(pair, a, *addresses, STREAM))
+        return results
+
+    def bitplane_jvp(self, tp, tq, tm, ts, p, q, m, scale, beta, hard_w, hard_m, dtype=None) -> Tensor:
+        tw = poison(torch.empty(p.shape[1:], dtype=dtype or p.dtype))
+        a = self._bitplanes(p, q, m, scale, beta, hard_w, hard_m)
+        tangents = [0 if t is None else t.data_ptr() for t in (tp, tq, tm, ts)]
+        self._check(self.module.bitplane_jvp(self._pair(p, tw), a, *tangents, tw.data_ptr(), STREAM))
+        return tw
+
+    def _bitplanes(self, p, q, m, scale, beta, hard_w, hard_m):
+        addresses = [t.data_ptr() for t in (p, q, m, scale, beta)]
+        return self.module.BitplaneArguments(*addresses, p.numel() // len(p), len(p), hard_w, hard_m)
+
     def fake_quantize(self, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, dtype=None) -> Tensor:
         y = poisoned(x, dtype or x.dtype)
         q = self._quantizer(scale, zero_point, qmin, qmax, eps, 1.0, rules)
