@@ -4,11 +4,12 @@
 import pytest
 import torch
 
-from .cases import fake_quantize, identity
+from .cases import fake_quantize, identity, mixquant
 from .peers import PEERS, Unsupported, prepare
 
 SIZES = (2**12, 2**16)
 CASES = [*fake_quantize.cases(SIZES, [torch.float32]), *identity.cases(SIZES, [torch.float32])]
+CASES += mixquant.cases(SIZES, [torch.float32])
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,11 @@ def _mixquant_bwd_weight_kernel(gw_ptr, part_ptr, programs, PARTS: tl.constexpr)
     tl.store(gw_ptr + j, tl.sum(total, 0).to(gw_ptr.dtype.element_ty))
 
 
+def options(most: int) -> dict:
+    """Launch options: eight candidates with scales that alternate need the registers of twice the threads."""
+    return {**OPTIONS, "num_warps": 8} if most == 8 else OPTIONS
+
+
 def plan_of(scales: Scales, vector: int, block: int) -> Plan:
     """The plan of the other reductions with one tile a program."""
     plan = Plan.of(scales, vector, block)
@@ -151,13 +156,14 @@ def backward(
     *mixture, factor = parameters
     scale, weight, count = mixture[0], mixture[-1], len(gw)
     plan = plan_of(scales, _launch.vector(gx, gy, x), _launch.block(x))
+    most = triton.next_power_of_2(count)
     gs_part = torch.empty((count, plan.partials), dtype=scale.dtype, device=x.device)
     gw_part = torch.empty((count, *plan.grid), dtype=scale.dtype, device=x.device)
     _mixquant_bwd_kernel[plan.grid](
         _launch.raw(gx), gs_part, gw_part, _launch.raw(gy), _launch.raw(x), *mixture,
         plan.rows, plan.columns // plan.align, scales.inner, scales.channels, plan.chunks, count, eps_bits,
-        rules, triton.next_power_of_2(count), plan.by_rows, plan.tile_rows, plan.tile_columns, plan.align,
-        _launch.wide(x), **OPTIONS,
+        rules, most, plan.by_rows, plan.tile_rows, plan.tile_columns, plan.align,
+        _launch.wide(x), **options(most),
     )  # fmt: skip
     tile = finish_tile(scales.channels)
     _mixquant_bwd_scale_kernel[(triton.cdiv(scales.channels, tile[0]), count)](

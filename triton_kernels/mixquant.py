@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import _launch, _mixed_sums
 from ._common import load, program, run_tile, store
-from ._launch import OPTIONS, Scales
+from ._launch import Scales
 from ._mixture import candidate, epsilon, passed, term, weighted
 
 #: Arguments whose values must not lead to another compilation.
@@ -116,12 +116,12 @@ def mixquant(
     x = _launch.dense(x, group)
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        scales, block = Scales.of(x, axis, group), _launch.block(x)
+        scales, block, most = Scales.of(x, axis, group), _launch.block(x), triton.next_power_of_2(len(weight))
         with _launch.on_device(x):
             _mixquant_kernel[(triton.cdiv(x.numel(), block),)](
                 _launch.raw(y), _launch.raw(x), *_contiguous(scale, qmin, qmax, weight),
                 x.numel(), scales.inner, scales.channels, len(weight), _launch.bits(eps),
-                rules, triton.next_power_of_2(len(weight)), block, scales.run(block), _launch.wide(x), **OPTIONS,
+                rules, most, block, scales.run(block), _launch.wide(x), **_mixed_sums.options(most),
             )  # fmt: skip
     return y
 
@@ -171,7 +171,7 @@ def mixquant_jvp(
     y = torch.empty_like(x, dtype=dtype)
     if x.numel() == 0:
         return y
-    scales, block = Scales.of(x, axis, group), _launch.block(x)
+    scales, block, most = Scales.of(x, axis, group), _launch.block(x), triton.next_power_of_2(len(weight))
     parameters = _contiguous(scale, qmin, qmax, weight, factor)
     # The pointer of an absent tangent is never read: any tensor stands in.
     tangents = (
@@ -183,8 +183,8 @@ def mixquant_jvp(
         _mixquant_jvp_kernel[(triton.cdiv(x.numel(), block),)](
             _launch.raw(y), *tangents, _launch.raw(x), *parameters,
             x.numel(), scales.inner, scales.channels, len(weight), _launch.bits(eps),
-            rules, triton.next_power_of_2(len(weight)), tx is not None, ts is not None, tw is not None,
-            block, scales.run(block), _launch.wide(x), **OPTIONS,
+            rules, most, tx is not None, ts is not None, tw is not None,
+            block, scales.run(block), _launch.wide(x), **_mixed_sums.options(most),
         )  # fmt: skip
     return y
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cases import Data
-from . import bitplanes, builtin, compiled, eager, floor, ours
+from . import builtin, compiled, eager, floor, ours
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -28,7 +28,13 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
         "builtin": builtin.learnable,
         "builtin-fixed": builtin.fixed,
     },
-    "bitplane": {"fastflat": bitplanes.fused, "eager": bitplanes.eager, "compile": bitplanes.compiled},
+    "mixquant": {
+        "mul": floor.mul,
+        "fastflat": ours.mixquant,
+        "one-quantizer": ours.one_quantizer,
+        "composed": ours.composed_mixquant,
+        "eager": eager.mixquant,
+    },
     "identity": {"mul": floor.mul, "fastflat": ours.identity, "clone": floor.clone},
 }
 

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from fastflat.quant import eager
+
+from ..cases.mixquant import BITS, mixture
 
 
 def formula(data):
@@ -22,3 +26,11 @@ def formula(data):
 
 def lsq(data):
     return formula(data)
+
+
+def mixquant(data):
+    """A chain a candidate, added up."""
+    spec, scales, weight = data.case.spec, *mixture(data)
+    specs = [spec.replace(bits=b) for b in BITS]
+    chains = [formula(dataclasses.replace(data, case=dataclasses.replace(data.case, spec=q))) for q in specs]
+    return lambda x, scale: sum(w * f(x, scale * s) for w, f, s in zip(weight, chains, scales, strict=True)).to(x.dtype)

@@ -9,6 +9,8 @@ from torch.autograd import Function
 
 import fastflat
 
+from ..cases.mixquant import BITS, mixture
+
 
 class Identity(Function):
     """The raw op ``identity``, both ways."""
@@ -25,6 +27,28 @@ class Identity(Function):
 def fake_quantize(data):
     spec = data.case.spec
     return lambda x, scale: fastflat.fake_quantize(x, scale, spec=spec)
+
+
+def mixquant(data):
+    spec, scales, weight = data.case.spec, *mixture(data)
+    return lambda x, scale: fastflat.mixquant(x, scale * scales, weight, bits=BITS, spec=spec)
+
+
+def composed_mixquant(data):
+    """A call a candidate, added up: what one has without the mixture's kernels."""
+    spec, scales, weight = data.case.spec, *mixture(data)
+    specs = [spec.replace(bits=b) for b in BITS]
+
+    def forward(x: Tensor, scale: Tensor) -> Tensor:
+        parts = (fastflat.fake_quantize(x, scale * s, spec=q) for s, q in zip(scales, specs, strict=True))
+        return sum(w * y for w, y in zip(weight, parts, strict=True))
+
+    return forward
+
+
+def one_quantizer(data):
+    """One of the candidates alone."""
+    return fake_quantize(data)
 
 
 def identity(data):
