@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #ifdef __CUDACC__
@@ -215,11 +216,56 @@ __device__ __forceinline__ void store_packs(const TupleOf<std::index_sequence<I.
   (store_pack(get<I>(to), offset, valid, get<I>(packs)), ...);
 }
 
-// f(leading..., inputs of element k..., outputs of element k...)
-template <class F, int N, size_t... I, class... In, size_t... O, class... Out, class... Leading>
+// What a functor may have beside the members that its skeleton names:
+//   void open()                              reads once a thread what the functor keeps in device memory
+//   auto pack<N>(int64_t offset) const       what the pack at a storage offset has to itself: v[k] of it leads the
+//                                            arguments of its element k
+//   auto compact(int64_t channel) const      the group in few registers, for kernels that hold many
+//   static constexpr int blocks_at_once      instead of kBlocksAtOnce
+template <class F>
+__device__ __forceinline__ void open(F& f) {
+  if constexpr (requires { f.open(); }) f.open();
+}
+
+template <class F>
+inline constexpr int blocks_at_once = [] {
+  if constexpr (requires { F::blocks_at_once; }) {
+    return F::blocks_at_once;
+  } else {
+    return kBlocksAtOnce;
+  }
+}();
+
+struct Nothing {};
+
+template <int N, class F>
+__device__ __forceinline__ auto pack_of(const F& f, [[maybe_unused]] int64_t offset) {
+  if constexpr (requires { f.template pack<N>(offset); }) {
+    return f.template pack<N>(offset);
+  } else {
+    return Nothing{};
+  }
+}
+
+template <class F>
+__device__ __forceinline__ auto compact_group(const F& f, int64_t channel) {
+  if constexpr (requires { f.compact(channel); }) {
+    return f.compact(channel);
+  } else {
+    return f.group(channel);
+  }
+}
+
+// f(own.v[k], leading..., inputs of element k..., outputs of element k...), `own` by pack_of
+template <class F, int N, size_t... I, class... In, size_t... O, class... Out, class Own, class... Leading>
 __device__ __forceinline__ void apply(const F& f, int k, const TupleOf<std::index_sequence<I...>, Pack<In, N>...>& in,
-                                      TupleOf<std::index_sequence<O...>, Pack<Out, N>...>& out, Leading&&... leading) {
-  f(leading..., get<I>(in).v[k]..., get<O>(out).v[k]...);
+                                      TupleOf<std::index_sequence<O...>, Pack<Out, N>...>& out, const Own& own,
+                                      Leading&&... leading) {
+  if constexpr (std::is_same_v<Own, Nothing>) {
+    f(leading..., get<I>(in).v[k]..., get<O>(out).v[k]...);
+  } else {
+    f(own.v[k], leading..., get<I>(in).v[k]..., get<O>(out).v[k]...);
+  }
 }
 
 // Where an offset lies: its scale, and its place in the run of `inner` elements that share it.

@@ -4,6 +4,7 @@
 // A functor has
 //   auto group(int64_t channel) const                                   the parameters of one scale
 //   void operator()(const Group&, inputs..., outputs&...) const         one element, in storage types
+// and may have what launch.cuh lists before apply().
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -16,7 +17,7 @@ template <class In, int N>
 inline constexpr int packs_per_thread = sizeof(packs_of<N, In>) > 32 ? 1 : 2;
 
 template <int N, class F, class In, class Out>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) map_kernel(int64_t n, Geometry g, F f, In in, Out out) {
+__global__ void __launch_bounds__(kBlock, blocks_at_once<F>) map_kernel(int64_t n, Geometry g, F f, In in, Out out) {
   constexpr int packs = packs_per_thread<In, N>;
   const int64_t base = static_cast<int64_t>(blockIdx.x) * (kBlock * packs * N);
   const Range all{0, n};
@@ -28,6 +29,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce) map_kernel(int64_t n, G
   for (int v = 0; v < packs; ++v) {
     loaded[v] = load_packs<N>(in, base + (v * kBlock + static_cast<int>(threadIdx.x)) * N, all);
   }
+  open(f);
   auto group = f.group(locate.base.channel);
 #pragma unroll
   for (int v = 0; v < packs; ++v) {
@@ -38,15 +40,16 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce) map_kernel(int64_t n, G
       position = locate.at(local);
       group = f.group(position.channel);
     }
+    const auto own = pack_of<N>(f, base + local);
     packs_of<N, Out> result;
     if (one_scale_a_pack) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) apply(f, i, loaded[v], result, group);
+      for (int i = 0; i < N; ++i) apply(f, i, loaded[v], result, own, group);
     } else {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (i > 0 && position.advance(g)) group = f.group(position.channel);
-        apply(f, i, loaded[v], result, group);
+        apply(f, i, loaded[v], result, own, group);
       }
     }
     store_packs(out, base + local, all, result);

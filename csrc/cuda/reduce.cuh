@@ -8,6 +8,12 @@
 //   void operator()(const Group&, Sums<Compute, K>&, inputs..., outputs&...) const
 //   static T combine(T a, T b) const                                    for T = Compute and double
 //   void finish(int64_t channel, const Sums<double, K>&) const          writes the results of one scale
+// and may have what launch.cuh lists before apply(), and
+//   using Finish                                                        a base with sums, Compute, combine() and
+//                                                                       finish(), so that functors share the second
+//                                                                       kernel; of K sums it may leave out the last,
+//                                                                       which then go over all scales:
+//   void total(int64_t unit, const Sums<Compute, K>&) const             called once for each of reduce_units() pieces
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -19,6 +25,18 @@ template <class T, int K>
 struct Sums {
   T v[K];
 };
+
+template <class F>
+struct FinishOf {
+  using type = F;
+};
+template <class F>
+  requires requires { typename F::Finish; }
+struct FinishOf<F> {
+  using type = typename F::Finish;
+};
+template <class F>
+using finish_of = typename FinishOf<F>::type;
 
 // Combines over the threads of a team (a power of two up to a warp, or all threads of the block); each of them gets the
 // result. One call a kernel: the shared array is not guarded for reuse.
@@ -43,8 +61,9 @@ __device__ __forceinline__ void combine_team(Sums<T, K>& sums, int team) {
   }
 }
 
-template <int K, class T>
-__device__ __forceinline__ Sums<double, K> widen(const Sums<T, K>& sums) {
+// The first K of the sums.
+template <int K, class T, int all>
+__device__ __forceinline__ Sums<double, K> widen(const Sums<T, all>& sums) {
   Sums<double, K> wide;
 #pragma unroll
   for (int k = 0; k < K; ++k) wide.v[k] = static_cast<double>(sums.v[k]);
@@ -54,7 +73,7 @@ __device__ __forceinline__ Sums<double, K> widen(const Sums<T, K>& sums) {
 // Long runs of one scale: a team of threads walks [begin, end) pack by pack; the packs that overlap its ends are read
 // element by element, so that odd sizes stay wide in the middle.
 template <int N, class F, class In, class Out>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, blocks_at_once<F>)
     reduce_runs_kernel(int64_t, Geometry g, ReducePlan p, F f, In in, Out out, typename F::Compute* partials) {
   const int teams = kBlock / p.team;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * teams + static_cast<int>(threadIdx.x) / p.team;
@@ -67,16 +86,18 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     const int64_t first = part / p.chunks_per_run * p.rows;
     const int64_t last = least(first + p.rows, g.outer);
     const int64_t skip = part % p.chunks_per_run * p.chunk;
+    open(f);
     const auto group = f.group(channel);
     for (int64_t row = first; row < last; ++row) {
       const int64_t run = (row * g.channels + channel) * g.inner;
       const Range piece{run + skip, least(run + skip + p.chunk, run + g.inner)};
       for (int64_t at = (piece.begin / N + rank) * N; at < piece.end; at += static_cast<int64_t>(p.team) * N) {
         const auto loaded = load_packs<N>(in, at, piece);
+        const auto own = pack_of<N>(f, at);
         packs_of<N, Out> result;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          if (piece.holds(at + i)) apply(f, i, loaded, result, group, sums);
+          if (piece.holds(at + i)) apply(f, i, loaded, result, own, group, sums);
         }
         store_packs(out, at, piece, result);
       }
@@ -84,11 +105,13 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   }
   combine_team<F>(sums, p.team);
   if (!busy || rank != 0) return;
+  constexpr int of_scale = finish_of<F>::sums;
+  if constexpr (of_scale < F::sums) f.total(unit, sums);
   if (p.direct(g)) {
-    f.finish(channel, widen(sums));
+    f.finish(channel, widen<of_scale>(sums));
   } else {
 #pragma unroll
-    for (int k = 0; k < F::sums; ++k) {
+    for (int k = 0; k < of_scale; ++k) {
       partials[k * p.partials() + part * p.width + channel] = sums.v[k];
       platform::count_written(sizeof(sums.v[k]));
     }
@@ -105,33 +128,45 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t part = blockIdx.x / column_blocks;
   const int64_t column = (blockIdx.x % column_blocks * kBlock + threadIdx.x) * N;
   if (column >= p.width) return;
-  decltype(f.group(0)) group[N];
+  decltype(compact_group(f, 0)) group[N];
   Position position = Locator(g, column).base;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    group[i] = f.group(position.channel);
+    group[i] = compact_group(f, position.channel);
     position.advance(g);
   }
   Sums<C, F::sums> sums[N]{};
   const Range all{0, n};
+  open(f);
   for (int64_t row = part * p.rows; row < (part + 1) * p.rows; ++row) {
     const int64_t at = row * p.width + column;
     if (at >= all.end) break;
     const auto loaded = load_packs<N>(in, at, all);
+    const auto own = pack_of<N>(f, at);
     packs_of<N, Out> result;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (all.holds(at + i)) apply(f, i, loaded, result, group[i], sums[i]);
+      if (all.holds(at + i)) apply(f, i, loaded, result, own, group[i], sums[i]);
     }
     store_packs(out, at, all, result);
   }
+  constexpr int of_scale = finish_of<F>::sums;
+  if constexpr (of_scale < F::sums) {
+    auto total = sums[0];
+#pragma unroll
+    for (int k = of_scale; k < F::sums; ++k) {
+#pragma unroll
+      for (int i = 1; i < N; ++i) total.v[k] = F::combine(total.v[k], sums[i].v[k]);
+    }
+    f.total(part * (p.width / N) + column / N, total);
+  }
   if (p.direct(g)) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) f.finish(column + i, widen(sums[i]));
+    for (int i = 0; i < N; ++i) f.finish(column + i, widen<of_scale>(sums[i]));
     return;
   }
 #pragma unroll
-  for (int k = 0; k < F::sums; ++k) {
+  for (int k = 0; k < of_scale; ++k) {
     Pack<C, N> row;
 #pragma unroll
     for (int i = 0; i < N; ++i) row.v[i] = sums[i].v[k];
@@ -196,14 +231,23 @@ cudaError_t launch_reduce(const Geometry& g, const F& f, const In& in, const Out
   }
   int columns = 1;
   while (columns < kWarp && columns < g.channels) columns *= 2;
-  return launch(reduce_finish_kernel<F>, ceil_div(g.channels, columns), kBlock, stream, g, p, f, columns, partials);
+  return launch(reduce_finish_kernel<finish_of<F>>, ceil_div(g.channels, columns), kBlock, stream, g, p,
+                static_cast<const finish_of<F>&>(f), columns, partials);
 }
 
 template <int N, class F>
 int64_t reduce_workspace(const Geometry& g) {
   if (g.numel() == 0) return 0;
   const ReducePlan p = plan_reduce(g, N);
-  return p.direct(g) ? 0 : F::sums * p.partials() * static_cast<int64_t>(sizeof(typename F::Compute));
+  return p.direct(g) ? 0 : finish_of<F>::sums * p.partials() * static_cast<int64_t>(sizeof(typename F::Compute));
+}
+
+// Pieces of which the first kernel hands each its total().
+template <int N>
+int64_t reduce_units(const Geometry& g) {
+  if (g.numel() == 0) return 0;
+  const ReducePlan p = plan_reduce(g, N);
+  return p.columns ? p.parts * (p.width / N) : p.parts * g.channels;
 }
 
 }  // namespace fastflat::cuda

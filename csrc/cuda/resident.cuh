@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kResidentBlock) resident_kernel(Geometry g, in
   }
   combine_team<F>(total, team);
   if (!busy) return;
-  if (rank == 0) f.finish(channel, widen(total));
+  if (rank == 0) f.finish(channel, widen<1>(total));
   const auto group = f.group(channel, total.v[0]);
 #pragma unroll
   for (int j = 0; j < packs; ++j) {

@@ -174,6 +174,51 @@ class Emulated:
         tensors = (0 if t is None else t.data_ptr() for t in (scale, qmin, qmax, weight, factor))
         return self.module.Mixture(*tensors, len(weight), eps, rules)
 
+    def general_quantize(
+        self, x, scale, zero_point, state, nu, a, qmin, qmax, axis, group, eps, rules, dtype=None
+    ) -> Tensor:
+        y = poisoned(x, dtype or x.dtype)
+        q = self._general(scale, zero_point, state, nu, a, None, qmin, qmax, eps, 1.0, rules)
+        g = self.geometry(x, axis, group)
+        self._check(self.module.general_quantize(self._pair(x, y), g, q, x.data_ptr(), y.data_ptr(), STREAM))
+        return y
+
+    def general_quantize_bwd(
+        self, gy, x, scale, zero_point, state, nu, a, delta, qmin, qmax, axis, group, eps, rules, factor, need_scale,
+        need_delta
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        m = self.module
+        pair, g = self._pair(x, gy), self.geometry(x, axis, group)
+        q = self._general(scale, zero_point, state, nu, a, delta, qmin, qmax, eps, factor, rules)
+        gx, none = poisoned(x, x.dtype), scale.new_empty(0)
+        data = gy.data_ptr(), x.data_ptr(), gx.data_ptr()
+        need_delta = need_delta and delta is not None
+        if not need_scale and not need_delta:
+            self._check(m.general_quantize_gx(pair, g, q, *data, STREAM))
+            return gx, none, none, none
+        gs = poisoned(scale, scale.dtype) if need_scale else none
+        gz = poisoned(scale, scale.dtype) if need_scale and zero_point is not None else none
+        gd = poison(scale.new_empty(())) if need_delta else none
+        work = poison(torch.empty(m.general_quantize_bwd_workspace(pair, g, need_delta), dtype=torch.uint8))
+        sums = [0 if t is none else t.data_ptr() for t in (gs, gz, gd)]
+        self._check(m.general_quantize_bwd(pair, g, q, *data, *sums, work.data_ptr(), STREAM))
+        return gx, gs, gz, gd
+
+    def general_quantize_jvp(
+        self, tx, ts, tz, x, scale, zero_point, state, nu, a, qmin, qmax, axis, group, eps, rules, factor, dtype=None
+    ) -> Tensor:
+        ty = poisoned(x, dtype or x.dtype)
+        of_result = tx is not None and tx.dtype != x.dtype
+        q = self._general(scale, zero_point, state, nu, a, None, qmin, qmax, eps, factor, rules)
+        pointers = [0 if t is None else t.data_ptr() for t in (tx, ts, tz, x, ty)]
+        pair, g = self._pair(x, ty), self.geometry(x, axis, group)
+        self._check(self.module.general_quantize_jvp(pair, of_result, g, q, *pointers, STREAM))
+        return ty
+
+    def _general(self, scale, zero_point, state, nu, a, delta, *rest):
+        pointers = [0 if t is None else t.data_ptr() for t in (scale, zero_point, state, nu, a, delta)]
+        return self.module.GeneralQuantizer(*pointers, *rest)
+
     def _pair(self, x: Tensor, y: Tensor):
         return getattr(self.module.Pair, PAIRS[x.dtype, y.dtype])
 
