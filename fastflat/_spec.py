@@ -7,7 +7,6 @@ It lives below the op layer because every layer above reads it; users import it 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -96,10 +95,10 @@ class QuantSpec:
         q = clamp(r, qmin, qmax)         NaN and codes of 2**63 and more: by `nan` and `inf`
         y = (q - z) * s                  signed_zero=False turns a -0 of (q - z) into +0
 
-    The grid of ``"int"`` is ``[-2**(bits-1), 2**(bits-1)-1]`` when signed, ``[0, 2**bits-1]`` when not; ``narrow`` drops
-    its lowest (signed) or highest (unsigned) code. ``"ternary"`` is {-1, 0, 1}, ``"binary"`` is {-1, 1} with sign(0) = 1.
-    ``"e4m3"``, ``"e5m2"``, ``"e3m2"``, ``"e2m3"`` and ``"e2m1"`` are the floating-point formats of OCP MX v1.0, rounded to
-    nearest with subnormals, saturating at the largest value.
+    The grid of ``"int"`` is ``[-2**(bits-1), 2**(bits-1)-1]`` when signed, ``[0, 2**bits-1]`` when not; ``narrow``
+    drops its lowest (signed) or highest (unsigned) code. ``"ternary"`` is {-1, 0, 1}, ``"binary"`` is {-1, 1} with
+    sign(0) = 1. ``"e4m3"``, ``"e5m2"``, ``"e3m2"``, ``"e2m3"`` and ``"e2m1"`` are the floating-point formats of OCP MX
+    v1.0, rounded to nearest with subnormals, saturating at the largest value.
 
     With noise (one draw xi an element; u is the unrounded code, Q the rule above, clip its clamp without rounding)::
 
@@ -108,8 +107,8 @@ class QuantSpec:
         temper    y = Q(x) + a (clip(x) - Q(x)) + nu s xi     xi ~ U(-1/2, 1/2)
         bypass    y = x with probability nu, else Q(x)        an element
 
-    and ``rounding="stochastic"`` rounds up with the probability of the fraction: ``r = floor(u) + (xi < u - floor(u))``,
-    xi ~ U(0, 1). Uniform draws have 16 bits, normal ones 23.
+    and ``rounding="stochastic"`` rounds up with the probability of the fraction: ``r = floor(u) + (xi < u - floor(u))``
+    with xi ~ U(0, 1). Uniform draws have 16 bits, normal ones 23.
 
     Attributes:
         bits: width of the grid, 1 to 16; of other formats than "int" it follows from the format.
@@ -134,11 +133,11 @@ class QuantSpec:
             it is; a power of two by the rules ``"floor"`` (OCP MX), ``"ceil"``, ``"even"``, ``"rceil"``; or ``"e4m3"``
             (NVFP4).
         eps: lower bound of the scale inside the kernels.
-        compute: ``"fp32"``: arithmetic in fp32 (fp64 for fp64 input) whatever the storage type. ``"input"``: 16-bit data
-            are rounded to their type after every operation, as eager code does; integer grids without noise.
-        estimator: ``"ste"`` takes scale and zero-point as constants; ``"lsq"`` trains them; ``"pact"`` trains the scale by
-            the elements beyond the grid alone (Choi et al., 2018); ``"ewgs"`` is ``"lsq"`` with the gradient that passes
-            multiplied by ``1 + delta sign(gradient) (u - q)`` (Lee et al., CVPR 2021, eq. 5).
+        compute: ``"fp32"``: arithmetic in fp32 (fp64 for fp64 input) whatever the storage type. ``"input"``: 16-bit
+            data are rounded to their type after every operation, as eager code does; integer grids without noise.
+        estimator: ``"ste"`` takes scale and zero-point as constants; ``"lsq"`` trains them; ``"pact"`` trains the scale
+            by the elements beyond the grid alone (Choi et al., 2018); ``"ewgs"`` is ``"lsq"`` with the gradient that
+            passes multiplied by ``1 + delta sign(gradient) (u - q)`` (Lee et al., CVPR 2021, eq. 5).
         noise: see above; evaluation is always Q(x), see :meth:`evaluation`.
     """
 
@@ -227,7 +226,8 @@ class QuantSpec:
             fail("grad_scale", "'none' with estimator='ste'", ": its scale is a constant; estimator='lsq' trains it")
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not TINY <= self.eps < math.inf:
             fail("eps", "a number of at least 2**-126 (1/scale must stay finite)")
-        # Checked calls by their metadata (fastflat.functional); no part of the value.
+        # No part of the value: the rules, read at every call, and checked calls by their metadata (fastflat.functional).
+        object.__setattr__(self, "_rules", self._chosen_rules())
         object.__setattr__(self, "_plans", {})
         if self.symmetric and self.zero != "outside":
             fail("zero", "'outside' when symmetric=True", ": a symmetric grid has no zero-point; pass symmetric=False")
@@ -296,11 +296,11 @@ class QuantSpec:
     def brevitas(
         cls, bits: int = 4, signed: bool = True, axis: int | None = None, *, weight: bool = True, **changes: Any
     ) -> QuantSpec:
-        """The numbers of Brevitas' ``IntQuant``: division, zero-point as it is, gradient through the chain of operations.
-        ``weight`` is the form of its weight quantizers (``TensorClampSte``: all elements pass their gradient; narrow
-        grid when signed), ``weight=False`` that of activations (``TensorClamp``: mask after rounding, NaN passes). In 16
-        bit: ``compute="input"``. Learned scales: ``estimator="lsq"``. Pass a zero-point of 0, as Brevitas does, for its
-        sign of zero."""
+        """The numbers of Brevitas' ``IntQuant``: division, zero-point as it is, gradient through the chain of
+        operations. ``weight`` is the form of its weight quantizers (``TensorClampSte``: all elements pass their
+        gradient; narrow grid when signed), ``weight=False`` that of activations (``TensorClamp``: mask after rounding,
+        NaN passes). In 16 bit: ``compute="input"``. Learned scales: ``estimator="lsq"``. Pass a zero-point of 0, as
+        Brevitas does, for its sign of zero."""
         clamp = {"mask": "none", "narrow": signed} if weight else {"mask": "after", "nan_gradient": "pass"}
         form = {
             "zero": "float",
@@ -314,8 +314,8 @@ class QuantSpec:
 
     @classmethod
     def modelopt(cls, bits: int = 8, signed: bool = True, axis: int | None = None, **changes: Any) -> QuantSpec:
-        """The numbers of NVIDIA Model-Optimizer's ``fake_tensor_quant``: the scale tensor holds amax, ``k = qmax/amax``,
-        ``y = q / k``; the gradient passes where ``|x| <= amax``; amax of 2**-24 and less gives 0.
+        """The numbers of NVIDIA Model-Optimizer's ``fake_tensor_quant``: the scale tensor holds amax,
+        ``k = qmax/amax``, ``y = q / k``; the gradient passes where ``|x| <= amax``; amax of 2**-24 and less gives 0.
         ``pass_through_bwd=True``, the default of its TensorQuantizer, is ``mask="none"``; its ``narrow_range`` is
         ``narrow``."""
         form = {
@@ -394,9 +394,12 @@ class QuantSpec:
         """Whether a call needs the general_quantize ops; the others have a faster form."""
         return self.rules > 0xFF or self.estimator == "ewgs"
 
-    @functools.cached_property
+    @property
     def rules(self) -> int:
         """The rule as the bit set that the raw ops take (:data:`RULES`)."""
+        return self._rules
+
+    def _chosen_rules(self) -> int:
         chosen = (
             ("reciprocal", self.arithmetic == "reciprocal"),
             ("zero_inside", self.zero in ("inside", "float")),

@@ -56,8 +56,8 @@ def fake_quantize(
 
     Noise adds its term to d and leaves these formulas; ``bypass`` has m = 1, d = u where it keeps x. Nothing but the
     inputs and the 16-byte random state is saved: backward draws the same numbers again. Double backward, forward mode,
-    ``torch.func`` and ``vmap`` follow the same frozen form, which is linear in each of x, s and z; in them "ewgs" counts
-    as "lsq", since it is the gradient of nothing.
+    ``torch.func`` and ``vmap`` follow the same frozen form, which is linear in each of x, s and z; in them
+    "ewgs" counts as "lsq", since it is the gradient of nothing.
 
     Args:
         x: any shape and dense layout (strided input costs one copy); float32, bfloat16, float16 or float64.
@@ -144,9 +144,9 @@ def fake_quantize_dynamic(
         ceil     s = 2**(ceil(log2 a) - emax)
         even     floor, with a first rounded to the format's mantissa bits, halves up
         rceil    s = 2**ceil(log2(a / largest))
-        e4m3     s = o e4m3(clamp(a / largest / o, 2**-6, 448)), o = max|x| / (448 largest) over the whole tensor (NVFP4)
+        e4m3     s = o e4m3(clamp(a / largest / o, 2**-6, 448)), o = max|x| / (448 largest) over the tensor  NVFP4
 
-    Powers of two lie in [2**-126, 2**127]. The maximum is exact, so y and scale have the same bits on every backend. The
+    Powers of two lie in [2**-126, 2**127]. The maximum is exact: y and scale have the same bits on every backend. The
     scale counts as a constant in every derivative (``dL/dx = m dL/dy``). NaN in the data makes its scale NaN.
 
     Args:
