@@ -38,23 +38,12 @@ struct Mixed {
   // The place of the element among the scales of every candidate.
   __device__ __forceinline__ int64_t group(int64_t channel) const { return channel; }
 
-  // each(j, term, weight) for the candidates j = first, first + 1, ... below count; the kind of division is known to
-  // the compiler, which leaves out the reciprocals that nobody asks for.
-  template <bool reciprocal, class Each>
-  __device__ __forceinline__ void one(int j, int64_t channel, C x, const Each& each) const {
-    auto c =
-        Candidate<C>::make(load_parameter(qmin, j), load_parameter(qmax, j), load_parameter(weight, j), eps, rules);
-    c.grid.reciprocal = reciprocal;
-    each(j, c.term(x, c.grid.group(load_parameter(scale, j * channels + channel))), c.weight);
-  }
-
+  // each(j, term, weight) for candidate j.
   template <class Each>
-  __device__ __forceinline__ void each_candidate(int64_t channel, C x, const Each& each) const {
-    if (rules & rules::reciprocal) {
-      for (int j = 0; j < count; ++j) one<true>(j, channel, x, each);
-    } else {
-      for (int j = 0; j < count; ++j) one<false>(j, channel, x, each);
-    }
+  __device__ __forceinline__ void one(int j, int64_t channel, C x, const Each& each) const {
+    const auto c =
+        Candidate<C>::make(load_parameter(qmin, j), load_parameter(qmax, j), load_parameter(weight, j), eps, rules);
+    each(j, c.term(x, c.group(load_parameter(scale, j * channels + channel))), c.weight);
   }
 };
 
@@ -65,7 +54,9 @@ struct Value : Mixed<C> {
   template <class X, class Y>
   __device__ __forceinline__ void operator()(int64_t channel, X x, Y& y) const {
     C sum = -C(0);
-    this->each_candidate(channel, load(x), [&](int, const auto& term, C w) { sum += weighted(term.value, w); });
+    for (int j = 0; j < this->count; ++j) {
+      this->one(j, channel, load(x), [&](int, const auto& term, C w) { sum += weighted(term.value, w); });
+    }
     y = store<Y>(sum);
   }
 };
@@ -81,13 +72,15 @@ struct Tangent : Mixed<C> {
   template <class T, class X, class Y>
   __device__ __forceinline__ void operator()(int64_t channel, T tx, X x, Y& y) const {
     C pass = 0, rest = -C(0);
-    this->each_candidate(channel, load(x), [&](int j, const auto& term, C w) {
-      const C of_scale = ts ? load_parameter(ts, j * this->channels + channel) : C(0);
-      const C of_weight = tw ? load_parameter(tw, j) : C(0);
-      pass += term.pass;
-      rest += weighted(term.by_scale, mixture_scale_tangent(of_scale, w, load_parameter(this->factor, j)));
-      rest += weighted(term.value, of_weight);
-    });
+    for (int candidate = 0; candidate < this->count; ++candidate) {
+      this->one(candidate, channel, load(x), [&](int j, const auto& term, C w) {
+        const C of_scale = ts ? load_parameter(ts, j * this->channels + channel) : C(0);
+        const C of_weight = tw ? load_parameter(tw, j) : C(0);
+        pass += term.pass;
+        rest += weighted(term.by_scale, mixture_scale_tangent(of_scale, w, load_parameter(this->factor, j)));
+        rest += weighted(term.value, of_weight);
+      });
+    }
     y = store<Y>(passed(load(tx), pass) + rest);
   }
 };
@@ -107,26 +100,19 @@ struct Gradient : Mixed<C> {
     return a + b;
   }
 
-  template <bool reciprocal>
-  __device__ __forceinline__ C gather(int64_t channel, Sums<C, sums>& sum, C gy, C x) const {
+  template <class Y, class X>
+  __device__ __forceinline__ void operator()(int64_t channel, Sums<C, sums>& sum, Y gy_, X x, X& gx) const {
+    const C gy = load(gy_);
     C pass = 0;
 #pragma unroll
     for (int j = 0; j < most; ++j) {
       if (j >= this->count) break;
-      this->template one<reciprocal>(j, channel, x, [&](int, const auto& term, C) {
+      this->one(j, channel, load(x), [&](int, const auto& term, C) {
         pass += term.pass;
         sum.v[2 * j] += gy * term.by_scale;
         sum.v[2 * j + 1] += gy * term.value;
       });
     }
-    return pass;
-  }
-
-  template <class Y, class X>
-  __device__ __forceinline__ void operator()(int64_t channel, Sums<C, sums>& sum, Y gy_, X x, X& gx) const {
-    const C gy = load(gy_);
-    const C pass = this->rules & rules::reciprocal ? gather<true>(channel, sum, gy, load(x))
-                                                   : gather<false>(channel, sum, gy, load(x));
     gx = store<X>(passed(gy, pass));
   }
 
@@ -201,7 +187,6 @@ cudaStream_t native(StreamHandle stream) { return static_cast<cudaStream_t>(stre
 // Calls f(number) with the least compiled number of candidates that holds `count`, as a constant.
 template <class F>
 auto with_most(int count, const F& f) {
-  if (count <= 2) return f(std::integral_constant<int, 2>{});
   if (count <= 4) return f(std::integral_constant<int, 4>{});
   return f(std::integral_constant<int, most_candidates>{});
 }

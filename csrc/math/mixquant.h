@@ -51,6 +51,13 @@ struct Candidate {
     return candidate;
   }
 
+  // IntegerGrid's, with the reciprocal only where the rules ask for it: for loops that meet a scale an element.
+  FASTFLAT_HD QuantGroup<C> group(C scale) const {
+    QuantGroup<C> g{scale < grid.eps ? grid.eps : scale, C(0), -C(0), -C(0), C(0)};
+    if (grid.reciprocal) g.inv = C(1) / g.s;
+    return g;
+  }
+
   struct Term {
     C value;     // Q_j(x)
     C by_scale;  // dQ_j/ds
