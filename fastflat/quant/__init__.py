@@ -18,6 +18,7 @@ from fastflat.quant.layers import (
 from fastflat.quant.prepare import LAYERS, param_groups, prepare, quantizers
 from fastflat.quant.quantizer import Quantizer
 from fastflat.quant.recurrent import QuantGRU, QuantLSTM
+from fastflat.quant.schedule import NoiseSchedule
 from fastflat.quant.summary import LayerSummary, summary
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "METHODS",
     "LayerCodes",
     "LayerSummary",
+    "NoiseSchedule",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConvTranspose1d",

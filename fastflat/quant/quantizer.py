@@ -14,6 +14,9 @@ from fastflat._spec import QuantSpec
 from fastflat.functional import fake_quantize
 from fastflat.quant import _initial
 
+#: First values of a quantizer's scalars; delta is that of the EWGS authors.
+SCALARS = {"nu": 1.0, "a": 0.0, "delta": 1e-3}
+
 
 class Quantizer(nn.Module):
     """``y = fake_quantize(x, scale, zero_point, spec=spec)`` with state.
@@ -29,8 +32,12 @@ class Quantizer(nn.Module):
         spec: the quantizer.
         shape: shape of the scale: ``()`` per tensor, ``(C,)`` per channel, ``(..., K/group)`` in groups.
         device, dtype: of the scale; float32, or float64 for float64 data.
+        learn_delta: with ``estimator="ewgs"``, make ``delta`` a parameter.
 
     Attributes:
+        nu, a: amplitude of the noise and share of the residual, 0-dim buffers where the spec has noise (``a``: temper);
+            1 and 0 at first. A :class:`fastflat.quant.NoiseSchedule` moves them; they are in the ``state_dict``.
+        delta: factor of ``estimator="ewgs"``, a 0-dim buffer (0.001 at first) or parameter.
         enabled: ``False`` lets x pass unquantized.
         calibrated: whether there is a scale.
         name: where the module sits in its model, for error messages; :func:`fastflat.prepare` sets it.
@@ -46,6 +53,7 @@ class Quantizer(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        learn_delta: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(spec, QuantSpec):
@@ -60,6 +68,13 @@ class Quantizer(nn.Module):
         self._calibrated = False
         self._hold("scale", torch.ones(shape, device=device, dtype=dtype))
         self._hold("zero_point", None if spec.symmetric else torch.zeros(shape, device=device, dtype=dtype))
+        scalars = {"nu": spec.noise != "none", "a": spec.noise == "temper", "delta": spec.estimator == "ewgs"}
+        for name, needed in scalars.items():
+            value = torch.tensor(SCALARS[name], device=device, dtype=dtype) if needed else None
+            if name == "delta" and learn_delta and value is not None:
+                self.delta = nn.Parameter(value)
+            else:
+                self.register_buffer(name, value)
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool, device=device))
 
     @classmethod
@@ -90,7 +105,13 @@ class Quantizer(nn.Module):
     def quantize(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         """The quantization itself; other implementations of the same rule override it."""
         spec = self.spec if self.training else self._evaluation
-        return fake_quantize(x, self.scale, self.zero_point, spec=spec, dtype=dtype)
+        extra = {} if spec is self._evaluation and spec.estimator != "ewgs" else self._scalars(spec)
+        return fake_quantize(x, self.scale, self.zero_point, spec=spec, dtype=dtype, **extra)
+
+    def _scalars(self, spec: QuantSpec) -> dict[str, Tensor]:
+        """The device scalars that a call with `spec` takes."""
+        noise = {"nu": self.nu, "a": self.a} if spec.noise != "none" else {}
+        return {name: value for name, value in {**noise, "delta": self.delta}.items() if value is not None}
 
     def evaluated(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Q(x) as in evaluation, whatever the mode."""
