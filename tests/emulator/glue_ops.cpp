@@ -8,3 +8,4 @@
 #define CUDA CPU
 #include "cuda/fake_quantize.cpp"
 #include "cuda/identity.cpp"
+#include "cuda/mixquant.cpp"
