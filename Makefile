@@ -18,12 +18,13 @@ VENV2 ?= .venv-matrix
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help build test lint format bench wheel demo gpu matrix audit clean
+.PHONY: help build test peers lint format bench wheel demo gpu matrix audit clean
 
 help:
 	@echo "make demo    train a 4-bit network on this machine, from a fresh clone"
 	@echo "make test    the whole test suite, from a fresh clone         ARGS='tests/ops -k absmax' narrows it"
 	@echo "make build   compile the libraries that this machine can build"
+	@echo "make peers   install torchao, Brevitas and Model-Optimizer: make test and make bench then compare with them"
 	@echo "make lint    formatters and checks, changing nothing          make format applies them"
 	@echo "make bench   the quantizer benchmark on this machine"
 	@echo "make wheel   a wheel in dist/"
@@ -57,6 +58,10 @@ build: $(VENV)/.installed
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)
+
+# Other libraries' quantizers, at the versions studied; nothing else needs them.
+peers: $(VENV)/.installed
+	$(PIP) install --no-build-isolation --editable ".[peers]"
 
 demo: build
 	$(BIN)/fastflat train --demo

@@ -176,7 +176,7 @@ def test_brevitas_scale_gradient(peer, weight):
     assert_sum(actual[2], ds[:, 0], (noise(x).abs() * (y.abs() + x.abs()) / s).sum(1))
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("axis", [None, 0])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_brevitas_weight_quantizers(bits, axis, dtype):
@@ -185,7 +185,8 @@ def test_brevitas_weight_quantizers(bits, axis, dtype):
     made_by = quantizers.Int8WeightPerTensorFloat if axis is None else quantizers.Int8WeightPerChannelFloat
     layer = layers.QuantLinear(64, 24, bias=False, weight_quant=made_by, weight_bit_width=bits).to(dtype)
     w = data(scales(24, bits), dtype, seed=8, special=False)
-    w[3] = 0.0
+    if dtype is not FP16:  # their least scale, 1e-10, is 0 there: 0/0
+        w[3] = 0.0
     layer.weight.data.copy_(w)
     theirs = layer.quant_weight()
     g = noise(w)

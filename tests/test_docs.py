@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documentation pages: their code runs, their links lead somewhere, they speak of the versions that are installed."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+PEERS = ("brevitas", "modelopt", "torchao")
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def packages(code: str) -> set[str]:
+    """Top-level packages that a block imports."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def cases() -> list:
+    return [pytest.param(page, i, id=f"{page.stem}-{i}") for page in PAGES for i in range(len(blocks(page)))]
+
+
+@pytest.mark.parametrize(("page", "number"), cases())
+def test_python_blocks_run(page, number, monkeypatch):
+    """Each after the page's first, which is common to all."""
+    first, code = blocks(page)[0], blocks(page)[number]
+    monkeypatch.setenv("BREVITAS_JIT", "0")
+    logging.disable(logging.WARNING)
+    try:
+        for name in packages(code) & set(PEERS):
+            pytest.importorskip(name, reason=f"{name} is not installed: make peers")
+        names: dict = {}
+        for text in (first, code) if number else (first,):
+            exec(compile(text, page.name, "exec"), names)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def test_every_peer_has_an_example():
+    shown = set().union(*(packages(code) for code in blocks(ROOT / "docs" / "peers.md")))
+    assert set(PEERS) <= shown
+
+
+def test_versions_are_those_that_make_peers_installs():
+    pins = dict(re.findall(r'"(brevitas|nvidia-modelopt|torchao)==([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    assert set(pins) == {"brevitas", "nvidia-modelopt", "torchao"}
+    text = (ROOT / "docs" / "peers.md").read_text()
+    for name, words in (("torchao", "torchao"), ("brevitas", "Brevitas"), ("nvidia-modelopt", "Model-Optimizer")):
+        assert f"{words} {pins[name]}" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_relative_links_exist(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
