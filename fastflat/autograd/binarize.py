@@ -105,7 +105,7 @@ class Gradient(Function):
     def jvp(ctx, tgy, tga, tx, th, _talpha, _plan):
         # The tangent of alpha is that of x once more: _second_gradient has it.
         _constant_importance(th)
-        gy, ga, x, h, alpha = ctx.saved_tensors
+        gy, _, x, h, alpha = ctx.saved_tensors
         plan = ctx.plan
         tgx = Gradient.apply(torch.zeros_like(gy) if tgy is None else tgy, tga, x, h, alpha, plan)
         if tx is not None and plan.through_alpha:

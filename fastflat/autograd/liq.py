@@ -159,7 +159,7 @@ class Tangent(Function):
 
     @staticmethod
     def jvp(ctx, ttw, ttclip, *_):
-        tw, _, *point = ctx.saved_tensors
+        _, _, *point = ctx.saved_tensors
         if ttw is None and ttclip is None:
             return torch.zeros_like(point[0], dtype=ctx.plan.dtype)
         return Tangent.apply(ttw, ttclip, *point, ctx.plan)
