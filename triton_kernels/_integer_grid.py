@@ -1,22 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fake-quantization on an integer grid, element by element: csrc/math/fake_quantize.h operation by operation.
 
-``RULES`` is the bit set of the raw ops; a test compares the table below with fastflat's.
+``RULES`` is the bit set of the raw ops, :mod:`_rules`.
 """
 
 import triton
 import triton.language as tl
 
+from . import _rules
 from ._common import divide, double_from_bits, round_even
-
-RECIPROCAL = tl.constexpr(1)
-ZERO_INSIDE = tl.constexpr(2)
-ZERO_FLOAT = tl.constexpr(4)
-MASK_AFTER = tl.constexpr(8)
-MASK_NONE = tl.constexpr(16)
-NAN_QMIN = tl.constexpr(32)
-INF_QMIN = tl.constexpr(64)
-POSITIVE_ZERO = tl.constexpr(128)
 
 
 @triton.jit
@@ -28,7 +20,7 @@ def hold(scale, eps):
 @triton.jit
 def zero_code(zero, qmin, qmax, RULES: tl.constexpr):
     """The zero-point as the code of 0."""
-    if ZERO_FLOAT & RULES:
+    if _rules.ZERO_FLOAT & RULES:
         return zero + 0.0
     else:
         rounded = round_even(zero)
@@ -56,34 +48,34 @@ def load_group(scale_ptr, zero_ptr, index, grid, RULES: tl.constexpr, HAS_ZERO: 
 def code(x, s, z, grid, RULES: tl.constexpr, HAS_ZERO: tl.constexpr):
     """u = x in units of the scale, d = q - z, and the mask m. An absent zero-point adds nothing, not even +0."""
     qmin, qmax = grid[0], grid[1]
-    if RECIPROCAL & RULES:
+    if _rules.RECIPROCAL & RULES:
         u = x * divide(1.0, s)
     else:
         u = divide(x, s)
     v = u
-    if HAS_ZERO and (ZERO_INSIDE & RULES):
+    if HAS_ZERO and (_rules.ZERO_INSIDE & RULES):
         v = u + z
     r = round_even(v)
     tested = v
-    if HAS_ZERO and not (ZERO_INSIDE & RULES):
+    if HAS_ZERO and not (_rules.ZERO_INSIDE & RULES):
         r = r + z
         tested = v + z
     lifted = tl.where(r > qmin, r, qmin)
     clamped = tl.where(lifted < qmax, lifted, qmax)
-    overflow = qmin if INF_QMIN & RULES else qmax
-    if NAN_QMIN & RULES:
+    overflow = qmin if _rules.INF_QMIN & RULES else qmax
+    if _rules.NAN_QMIN & RULES:
         beyond = tl.where(r == r, overflow, qmin)
     else:
         beyond = tl.where(r == r, overflow, r)
     d = tl.where(r < 9223372036854775808.0, clamped, beyond)
     if HAS_ZERO:
         d = d - z
-    if POSITIVE_ZERO & RULES:
+    if _rules.POSITIVE_ZERO & RULES:
         d = d + 0.0
-    if MASK_AFTER & RULES:
+    if _rules.MASK_AFTER & RULES:
         tested = r
     m = (tested >= qmin) & (tested <= qmax)
-    if MASK_NONE & RULES:
+    if _rules.MASK_NONE & RULES:
         m = tl.full(m.shape, True, tl.int1)
     return u, d, m
 

@@ -140,6 +140,11 @@ class Plan:
         return cls(by_rows, rows, columns, tile_rows, tile_columns, steps, chunks, align, *shape)
 
     @property
+    def direct(self) -> bool:
+        """Whether each of several rows is all of a scale and fits the tile of a program, which can finish its sum."""
+        return self.by_rows and self.outer == 1 and self.chunks == self.steps == 1 and self.rows > 1
+
+    @property
     def partials(self) -> int:
         return (self.rows if self.by_rows else self.columns) * self.chunks
 

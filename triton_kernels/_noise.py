@@ -87,7 +87,8 @@ def normal_at(state, index):
 
 @triton.jit
 def uniform_run(state, first, COUNT: tl.constexpr):
-    """u in (0, 1), fp32 [COUNT], of the elements from `first` on; both are multiples of 8, COUNT a power of two."""
+    """u in (0, 1), fp32 [COUNT], of the elements from `first` on; both are multiples of 8, COUNT a power of two. With
+    `first` [R, 1] the draws of R such runs, [R, COUNT]."""
     block = (first >> 3) + tl.arange(0, COUNT // 8)
     w0, w1, w2, w3 = words(state, block)
     drawn = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
@@ -96,7 +97,8 @@ def uniform_run(state, first, COUNT: tl.constexpr):
 
 @triton.jit
 def normal_run(state, first, COUNT: tl.constexpr):
-    """xi ~ N(0, 1/12), fp32 [COUNT], of the elements from `first` on; both are multiples of 4, COUNT a power of two."""
+    """xi ~ N(0, 1/12), fp32 [COUNT], of the elements from `first` on; both are multiples of 4, COUNT a power of two.
+    With `first` [R, 1] the draws of R such runs, [R, COUNT]."""
     block = (first >> 2) + tl.arange(0, COUNT // 4)
     w0, w1, w2, w3 = words(state, block)
     even0, odd0 = normal_pair(w0, w1)

@@ -173,6 +173,18 @@ def finish_tile(channels: int) -> tuple[int, int]:
     return (1, _launch.BLOCK) if channels == 1 else (32, 32)
 
 
+def join(
+    gs: torch.Tensor, gz: torch.Tensor, gs_part: torch.Tensor, gz_part: torch.Tensor, scale: torch.Tensor,
+    plan: Plan, scales: Scales, eps_bits: int, factor_bits: int, has_zero: bool,
+) -> None:  # fmt: skip
+    """Fill gs and, with a zero-point, gz from the partial sums of a plan."""
+    tile = finish_tile(scales.channels)
+    _fake_quantize_bwd_finish_kernel[(triton.cdiv(scales.channels, tile[0]),)](
+        gs, gz, gs_part, gz_part, scale, plan.outer, scales.channels, plan.rest, eps_bits, factor_bits,
+        has_zero, *tile, **OPTIONS,
+    )  # fmt: skip
+
+
 def backward(
     gx: torch.Tensor,
     gs: torch.Tensor,
@@ -188,7 +200,7 @@ def backward(
     """Fill gx, gs and gz; `shared` is (scale, zero_point, qmin, qmax, eps_bits) as the kernels take them."""
     plan = Plan.of(scales, _launch.vector(gx, gy, x), _launch.block(x))
     scale, zero, qmin, qmax, eps_bits = shared
-    direct = plan.by_rows and plan.outer == 1 and plan.chunks == plan.steps == 1 and plan.rows > 1
+    direct = plan.direct
     part = torch.empty(0 if direct else (1 + has_zero, plan.partials), dtype=scale.dtype, device=x.device)
     gs_out, gz_out = (gs, gz) if direct else (part[0], part[-1])
     data = (_launch.raw(gx), gs_out, gz_out, _launch.raw(gy), _launch.raw(x), scale, zero)
@@ -210,8 +222,4 @@ def backward(
             rules, has_zero, *tile, wide, **OPTIONS,
         )  # fmt: skip
     if not direct:
-        tile = finish_tile(scales.channels)
-        _fake_quantize_bwd_finish_kernel[(triton.cdiv(scales.channels, tile[0]),)](
-            gs, gz, gs_out, gz_out, scale, plan.outer, scales.channels, plan.rest, eps_bits, factor_bits,
-            has_zero, *tile, **OPTIONS,
-        )  # fmt: skip
+        join(gs, gz, gs_out, gz_out, scale, plan, scales, eps_bits, factor_bits, has_zero)
