@@ -52,7 +52,7 @@ struct Kind {
                 Groups<C>&);
   void (*forward)(const Walk<C>&, const C* x, const C* xi, int64_t n, C* y);
   void (*backward)(const Walk<C>&, const C* gy, const C* x, const C* xi, int64_t n, C* gx, Shares<C>&);
-  // The same without the shares of zero-point and delta.
+  // The same without the shares of zero-point and delta, for delta = 0.
   void (*backward_scale)(const Walk<C>&, const C* gy, const C* x, const C* xi, int64_t n, C* gx, Shares<C>&);
   void (*tangent)(const Walk<C>&, const C* tx, const C* x, const C* xi, int64_t n, C* ty);
 };
@@ -213,7 +213,8 @@ struct Rule {
   static void backward(const Walk<C>& walk, const C* gy, const C* x, const C* xi, int64_t n, C* gx, Shares<C>& to) {
     const GeneralGrid<C> grid = walk.grid;
     const Precision precision = precision_of<C, Precision>(walk.call);
-    const C delta = static_cast<C>(walk.call.delta);
+    // Without the other shares there is no delta either: known here, it costs nothing.
+    const C delta = all ? static_cast<C>(walk.call.delta) : C(0);
     if (walk.groups.uniform) {
       const GeneralGroup<C> g = walk.groups.at(0);
       backward_loop<all>(
@@ -333,12 +334,12 @@ void general_quantize_backward(const GeneralQuantizeCall& call, int64_t begin, i
   for (int64_t i = begin; i < end; i += block) {
     const int64_t n = std::min(block, end - i);
     walk.meet(i, n);
-    backward_block<X, Y>(walk, i, n, false, shares);
+    backward_block<X, Y>(walk, i, n, call.delta != 0, shares);
   }
 }
 
 // Whether more than the scale's gradient is asked for.
-inline bool wants_all(const GeneralQuantizeCall& call) { return call.zero_point || call.need_delta; }
+inline bool wants_all(const GeneralQuantizeCall& call) { return call.zero_point || call.delta != 0 || call.need_delta; }
 
 template <class X, class Y, class C>
 void backward_run(Walk<C>& walk, int64_t begin, int64_t n, bool all, double* sums) {
