@@ -93,7 +93,8 @@ def arguments(place, dtype, rules, zero=True, seed=0):
     return (x, scale, zero_point, STATE, nu, a), (-8, 7, axis, group, EPS, rules)
 
 
-def check_call(place, dtype, rules, zero, seed=0, stored=None):
+def check_call(place, dtype, rules, zero, seed=0, stored=None, ops=ops):
+    """Every op of the family on one set of arguments, by `ops`, against the reference."""
     tensors, grid = arguments(place, dtype, rules, zero, seed)
     x, scale, zero_point = tensors[:3]
     call = (*tensors, *grid)
@@ -112,10 +113,10 @@ def check_call(place, dtype, rules, zero, seed=0, stored=None):
         alone, *empty = ops.general_quantize_bwd(*back, False, False)
         common.assert_same_bits(alone, gx)
         assert all(t.shape == (0,) for t in empty)
-        check_sums(back, wanted)
+        check_sums(back, wanted, ops)
 
 
-def check_sums(back, wanted):
+def check_sums(back, wanted, ops):
     """Sums of finite data agree to the rounding of their terms: fp32 lanes of at most 256 additions, then double."""
     gy, x, scale, zero_point, *rest = back
     gy, x = (torch.nan_to_num(t, 0.0, 0.0, 0.0).clamp(-9, 9) for t in (gy, x))
