@@ -44,13 +44,13 @@ def general_limits(qmin, qmax, eps_bits, dtype: tl.constexpr, RULES: tl.constexp
     """The grid as the functions below take it: (lowest value, highest value, eps) in the arithmetic type."""
     grid = limits(qmin, qmax, eps_bits, dtype)
     if (_rules.MINIFLOATS | _rules.BINARY) & RULES:
-        largest, _, _ = _format(grid[1], RULES)
+        largest, _, _ = format_of(grid[1], RULES)
         grid = (-largest, largest, grid[2])
     return grid
 
 
 @triton.jit
-def _format(like, RULES: tl.constexpr):
+def format_of(like, RULES: tl.constexpr):
     """Largest value, smallest normal value and 2^-mantissa bits of the grid's format, in the type of `like`."""
     if _rules.E4M3 & RULES:
         largest, smallest, unit = 448.0, 0.015625, 0.125
@@ -151,7 +151,7 @@ def _sign(v, xi, RULES: tl.constexpr):
 @triton.jit
 def _on_floats(v, xi, RULES: tl.constexpr):
     """v on the grid of a minifloat format: an integer between two exact scalings by powers of two."""
-    largest, smallest, unit = _format(v, RULES)
+    largest, smallest, unit = format_of(v, RULES)
     bound = largest + largest
     lifted = tl.where(v > -bound, v, -bound)
     near = tl.where(lifted < bound, lifted, bound)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _general_sums, _launch
+from . import _block_scale, _general_sums, _launch
 from ._common import double_from_bits, load, program, run_tile, store
 from ._general_gradient import passed, scaled_by_error, tangent
 from ._general_grid import DELTA, code, draws, general_limits, load_group, load_scalars, value
@@ -258,3 +258,29 @@ def general_quantize_jvp(
             block, scales.run(block), _launch.wide(x), **OPTIONS,
         )  # fmt: skip
     return y
+
+
+def general_quantize_dynamic(
+    x: torch.Tensor,
+    state: torch.Tensor | None,
+    nu: torch.Tensor | None,
+    a: torch.Tensor | None,
+    outer: torch.Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int,
+    group: int,
+    eps: float,
+    rules: int,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = _launch.dense(x, group)
+    shape = (*x.shape[:-1], x.shape[-1] // group) if group else () if axis < 0 else (x.shape[axis],)
+    scale = x.new_zeros(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if x.numel() == 0:
+        with _launch.on_device(x):
+            _block_scale.from_absmax(scale, outer, qmax, rules)
+        return torch.empty_like(x, dtype=dtype), scale
+    with _launch.on_device(x):
+        _block_scale.scale_into(scale, x, Scales.of(x, axis, group), outer, qmax, rules)
+    return general_quantize(x, scale, None, state, nu, a, qmin, qmax, axis, group, eps, rules, dtype), scale
