@@ -271,6 +271,8 @@ def test_packages_are_packages():
 )
 def test_names_are_derivable(pattern):
     for family in sorted(FAMILIES):
+        if "_loops" in pattern or "csrc/math" in pattern:
+            family = family.removesuffix("_list")  # a list of tensors takes the loops and functors of one
         assert (ROOT / pattern.format(family)).is_file(), f"{pattern.format(family)} is missing"
 
 

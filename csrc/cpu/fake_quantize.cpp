@@ -5,24 +5,12 @@
 #include "core/checks.h"
 #include "core/storage.h"
 #include "core/tensor.h"
+#include "cpu/fake_quantize_call.h"
 #include "cpu/threads.h"
 #include "math/fake_quantize.h"
 
 namespace fastflat::cpu {
 namespace {
-
-FakeQuantizeCall describe(const Tensor& x, int64_t qmin, int64_t qmax, int64_t axis, int64_t group, double eps,
-                          int64_t rules) {
-  FakeQuantizeCall call{};
-  call.geometry = geometry_of(x, axis, group);
-  call.qmin = qmin;
-  call.qmax = qmax;
-  call.eps = eps;
-  call.rules = rules;
-  call.factor = 1.0;
-  call.x = x.const_data_ptr();
-  return call;
-}
 
 Tensor fake_quantize(const Tensor& x_, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t qmin,
                      int64_t qmax, int64_t axis, int64_t group, double eps, int64_t rules,
@@ -38,18 +26,6 @@ Tensor fake_quantize(const Tensor& x_, const Tensor& scale, const std::optional<
   call.out = y.mutable_data_ptr();
   map(fake_quantize_loops().forward[pair], call);
   return y;
-}
-
-// Sums to gradients of scale and zero-point, in the compute type.
-template <class C>
-void finish(const FakeQuantizeCall& call, const std::vector<double>& sums, void* gs, void* gz) {
-  const auto grid = IntegerGrid<C>::make(call.qmin, call.qmax, call.eps, call.factor, call.rules);
-  for (int64_t c = 0; c < call.geometry.channels; ++c) {
-    static_cast<C*>(gs)[c] = grid.scale_gradient(static_cast<C>(sums[2 * c]));
-    if (!gz) continue;
-    const auto group = grid.group(static_cast<const C*>(call.scale)[c]);
-    static_cast<C*>(gz)[c] = grid.zero_gradient(static_cast<C>(sums[2 * c + 1]), group);
-  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_bwd(const Tensor& gy_, const Tensor& x_, const Tensor& scale,
@@ -80,11 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_bwd(const Tensor& gy_, const Te
   reduce(fake_quantize_loops().backward_channels[pair], fake_quantize_loops().backward_range[pair], call, 2,
          sums.data(), std::plus<double>());
   void* to_zero = need_zero ? gz.mutable_data_ptr() : nullptr;
-  if (compute_type(x.scalar_type()) == ScalarType::Double) {
-    finish<double>(call, sums, gs.mutable_data_ptr(), to_zero);
-  } else {
-    finish<float>(call, sums, gs.mutable_data_ptr(), to_zero);
-  }
+  finish(call, x.scalar_type(), sums.data(), gs.mutable_data_ptr(), to_zero);
   return {gx, gs, gz};
 }
 

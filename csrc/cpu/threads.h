@@ -32,8 +32,30 @@ void map(void (*loop)(const Call&, int64_t begin, int64_t end), const Call& call
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { loop(call, begin, end); });
 }
 
-// One or two numbers a channel. Where each channel is one run (outer == 1) threads share out channels; otherwise tasks
-// of a fixed size each have their own numbers, combined in task order.
+// How a reduction is cut into pieces: by the shape alone, so that the order of every sum is too.
+struct Cut {
+  bool by_channel;  // pieces are channels (outer == 1); otherwise ranges of elements, each with numbers of all channels
+  int64_t pieces;
+  int64_t size;  // elements of a piece; the last range may be shorter
+
+  explicit Cut(const Geometry& g) {
+    by_channel = g.outer == 1 && (g.channels >= 64 || g.inner < short_run);
+    if (by_channel) {
+      pieces = g.channels;
+      size = g.inner;
+      return;
+    }
+    const int64_t n = g.numel();
+    const int64_t unit = g.inner < short_run ? g.channels * g.inner : 1;
+    const int64_t tasks = std::min({(n + task_size - 1) / task_size, most_tasks, most_sums / g.channels + 1});
+    const int64_t units = n / unit;
+    const int64_t per_task = (units + tasks - 1) / tasks;
+    pieces = (units + per_task - 1) / per_task;
+    size = per_task * unit;
+  }
+};
+
+// One or two numbers a channel: threads share out the pieces, and numbers of ranges are combined in their order.
 template <class Call, class Combine>
 void reduce(void (*channels)(const Call&, int64_t begin, int64_t end, double* result),
             void (*range)(const Call&, int64_t begin, int64_t end, double* result), const Call& call, int64_t width,
@@ -41,27 +63,22 @@ void reduce(void (*channels)(const Call&, int64_t begin, int64_t end, double* re
   const Geometry& g = call.geometry;
   const int64_t n = g.numel();
   if (n == 0) return;
-  if (g.outer == 1 && (g.channels >= 64 || g.inner < short_run)) {
-    const int64_t per_thread = std::max<int64_t>(1, grain / std::max<int64_t>(g.inner, 1));
-    torch::stable::parallel_for(0, g.channels, per_thread,
+  const Cut cut(g);
+  const int64_t per_thread = std::max<int64_t>(1, grain / std::max<int64_t>(cut.size, 1));
+  if (cut.by_channel) {
+    torch::stable::parallel_for(0, cut.pieces, per_thread,
                                 [&](int64_t begin, int64_t end) { channels(call, begin, end, result); });
     return;
   }
-  const int64_t unit = g.inner < short_run ? g.channels * g.inner : 1;
-  int64_t tasks = std::min({(n + task_size - 1) / task_size, most_tasks, most_sums / g.channels + 1});
-  const int64_t units = n / unit;
-  const int64_t per_task = (units + tasks - 1) / tasks;
-  tasks = (units + per_task - 1) / per_task;
-  if (tasks == 1) return range(call, 0, n, result);
+  if (cut.pieces == 1) return range(call, 0, n, result);
   const int64_t numbers = width * g.channels;
-  std::vector<double> partial(tasks * numbers, 0.0);
-  torch::stable::parallel_for(
-      0, tasks, std::max<int64_t>(1, grain / (per_task * unit)), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          range(call, t * per_task * unit, std::min(n, (t + 1) * per_task * unit), partial.data() + t * numbers);
-        }
-      });
-  for (int64_t t = 0; t < tasks; ++t) {
+  std::vector<double> partial(cut.pieces * numbers, 0.0);
+  torch::stable::parallel_for(0, cut.pieces, per_thread, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      range(call, t * cut.size, std::min(n, (t + 1) * cut.size), partial.data() + t * numbers);
+    }
+  });
+  for (int64_t t = 0; t < cut.pieces; ++t) {
     for (int64_t i = 0; i < numbers; ++i) result[i] = combine(result[i], partial[t * numbers + i]);
   }
 }

@@ -13,17 +13,18 @@ A raw op carries no derivative (``fastflat.autograd`` does) and no checks beyond
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 
-from fastflat._ops import binarize, bitplane, fake_quantize, general_quantize, identity, liq, mixquant
+from fastflat._ops import binarize, bitplane, fake_quantize, fake_quantize_list, general_quantize, identity, liq, mixquant
 from fastflat._ops._row import Op, compute_dtype, scale_shape
 
 NAMESPACE = "fastflat"
 
 #: Modules with the rows of a family each, under the family's name.
-FAMILIES = (identity, fake_quantize, general_quantize, mixquant, binarize, liq, bitplane)
+FAMILIES = (identity, fake_quantize, fake_quantize_list, general_quantize, mixquant, binarize, liq, bitplane)
 
 OPS: dict[str, Op] = {op.name: op for family in FAMILIES for op in family.ROWS}
 
@@ -52,7 +53,7 @@ def _guard(name: str) -> Callable:
     op = overload(name)
 
     def kernel(*args):
-        for value in args:
+        for value in itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in args):
             if isinstance(value, torch.Tensor) and (
                 (value.requires_grad and torch.is_grad_enabled()) or _has_tangent(value)
             ):

@@ -230,7 +230,7 @@ class PlainValue(Function):
     @staticmethod
     def backward(ctx, gy):
         x, scale, zero_point = ctx.saved_tensors
-        return _present(ctx.plan, zero_point, *_gradient(gy, x, scale, zero_point, ctx.plan))
+        return gradients(gy, x, scale, zero_point, ctx.plan)
 
 
 class PlainAbsmax(Function):
@@ -309,6 +309,11 @@ def remember(ctx, *inputs_and_plan) -> None:
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
+
+
+def gradients(gy, x, scale, zero_point, plan):
+    """The gradients as a backward returns them, differentiable where they must be."""
+    return _present(plan, zero_point, *_gradient(gy, x, scale, zero_point, plan))
 
 
 def _gradient(gy, x, scale, zero_point, plan):

@@ -4,6 +4,7 @@
 from fastflat.functional._binarize import binarize
 from fastflat.functional._bitplane import bitplane, bitplane_codes, bitplane_init
 from fastflat.functional._fake_quantize import fake_quantize, fake_quantize_dynamic
+from fastflat.functional._fake_quantize_list import fake_quantize_list
 from fastflat.functional._liq import liq_quantize
 from fastflat.functional._mixquant import frac_quantize, mixquant
 from fastflat.functional._noise import draw_state
@@ -16,6 +17,7 @@ __all__ = [
     "draw_state",
     "fake_quantize",
     "fake_quantize_dynamic",
+    "fake_quantize_list",
     "frac_quantize",
     "liq_quantize",
     "mixquant",

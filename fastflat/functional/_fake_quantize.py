@@ -94,7 +94,7 @@ def fake_quantize(
         scale = scale_value(scale, spec)
     if _checks.VALUES_WANTED:
         _checks.scale_values(op, scale)
-    if plan.grid[5] <= 0xFF and spec.estimator != "ewgs":
+    if not is_general(spec, plan):
         if nu is not None or a is not None or delta is not None or generator is not None or state is not None:
             _unwanted(op, spec, nu=nu, a=a, delta=delta, generator=generator, state=state)
         return rule.fake_quantize(x, scale, zero_point, plan)
@@ -107,6 +107,11 @@ def fake_quantize(
     elif delta is not None:
         _unwanted(op, spec, delta=delta)
     return general.general_quantize(x, scale, zero_point, state, nu, a, delta, plan)
+
+
+def is_general(spec: QuantSpec, plan: rule.Plan) -> bool:
+    """Whether a call needs the general_quantize ops."""
+    return plan.grid[5] > 0xFF or spec.estimator == "ewgs"
 
 
 def scale_value(scale: Tensor, spec: QuantSpec) -> Tensor:
@@ -224,7 +229,7 @@ def _plan(
 ) -> rule.Plan:
     """The checked, cached description of a call; a second call with the same metadata costs one look-up."""
     if torch.compiler.is_compiling():
-        return _checked_plan(op, x, scale, zero_point, spec, dtype)
+        return checked_plan(op, x, scale, zero_point, spec, dtype)
     try:
         offset = None if zero_point is None else (zero_point.shape, zero_point.dtype, zero_point.device)
         trained = scale.requires_grad or (zero_point is not None and zero_point.requires_grad)
@@ -232,18 +237,19 @@ def _plan(
         key = (data, scale.shape, scale.dtype, scale.device, offset, dtype, trained, forced_backend())
         plan = spec._plans.get(key)
     except AttributeError:  # not even tensors or a spec: the checks say which
-        return _checked_plan(op, x, scale, zero_point, spec, dtype)
+        return checked_plan(op, x, scale, zero_point, spec, dtype)
     if plan is None:
-        plan = _checked_plan(op, x, scale, zero_point, spec, dtype)
+        plan = checked_plan(op, x, scale, zero_point, spec, dtype)
         if len(spec._plans) >= _PLANS:
             spec._plans.clear()
         spec._plans[key] = plan
     return plan
 
 
-def _checked_plan(
+def checked_plan(
     op: str, x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, dtype: torch.dtype | None
 ) -> rule.Plan:
+    """The description of a call, checked anew."""
     _checks.data(op, x, spec)
     _checks.parameter(op, "scale", scale, x, spec)
     if zero_point is not None:
