@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch, _sums
+from . import _launch, _rules, _sums
 from ._common import double_from_bits, load, program, store
 from ._general_gradient import passed, scaled_by_error, shares
 from ._general_grid import DELTA, ZERO, code, draws, general_limits, load_group, load_scalars
@@ -217,6 +217,8 @@ def backward(
     run = plan.tile_columns if plan.columns % 8 == 0 and plan.tile_columns % 8 == 0 else 0
     tile = (plan.tile_rows, plan.tile_columns, plan.align, run)
     columns, wide = plan.columns // plan.align, _launch.wide(x)
+    # A draw for each element by itself takes registers that the sums need.
+    options = OPTIONS if run or not rules & _rules.DRAWS.value else {**OPTIONS, "num_warps": 8}
     if plan.rows == 1 and plan.by_rows:
         _general_quantize_bwd_row_kernel[plan.grid](
             *data, plan.columns, plan.steps, *grid, rules, present, plan.tile_columns, wide, **OPTIONS
@@ -224,12 +226,12 @@ def backward(
     elif plan.by_rows:
         _general_quantize_bwd_rows_kernel[plan.grid](
             *data, plan.rows, columns, scales.channels, plan.steps, plan.chunks, *grid, factor_bits,
-            rules, present, *tile, direct, wide, **OPTIONS,
+            rules, present, *tile, direct, wide, **options,
         )  # fmt: skip
     else:
         _general_quantize_bwd_columns_kernel[plan.grid](
             *data, plan.rows, columns, scales.inner, scales.channels, plan.steps, plan.chunks, *grid,
-            rules, present, *tile, wide, **OPTIONS,
+            rules, present, *tile, wide, **options,
         )  # fmt: skip
     if wanted and not direct:
         _sums.join(gs, gz, gs_out, gz_out, scale, plan, scales, grid[2], factor_bits, zero)

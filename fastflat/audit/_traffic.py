@@ -35,8 +35,8 @@ PLACES = {
 }
 #: CUDA kernels give a small matrix more partial sums than its size would allow: measure a large one.
 _LARGE = {"columns": ((1 << 16, 64), 1, 0)}
-#: Arguments of Triton kernels that hold one value a scale: they stay in the caches.
-_PARAMETERS = ("scale_ptr", "zero_ptr", "ts_ptr", "tz_ptr")
+#: Arguments of Triton kernels that hold one value a scale, or a call: they stay in the caches.
+_PARAMETERS = ("scale_ptr", "zero_ptr", "ts_ptr", "tz_ptr", "state_ptr", "nu_ptr", "a_ptr", "delta_ptr")
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -5,8 +5,6 @@ itself: test_triton_interpreter.py runs it in a process of its own.
 Maps must have the reference's bits, whatever the data. Sums are taken of finite data and may differ by their order.
 """
 
-import itertools
-
 import pytest
 import torch
 
@@ -214,9 +212,9 @@ def test_only_the_gradient_of_delta():
     close(got[3], want[3], x.numel())
 
 
-@pytest.mark.parametrize(("wide", "programs"), list(itertools.product([False, True], [1, 3])), ids=str)
+@pytest.mark.parametrize(("wide", "programs"), [(False, 3), (True, 1)], ids=["32-bit offsets", "64-bit offsets"])
 def test_any_division_of_the_work(wide, programs, monkeypatch):
     for name, value in (("PROGRAMS", programs), ("ROWS", 8), ("BLOCK", 64), ("_NARROW_LIMIT", 0 if wide else 2**31)):
         monkeypatch.setattr(_launch, name, value)
-    for place in (((601,), -1, 0), ((3, 200), 0, 0), ((40, 24), 1, 0), ((50, 5), 1, 0), ((6, 32), -1, 8)):
+    for place in (((401,), -1, 0), ((3, 136), 0, 0), ((24, 24), 1, 0), ((30, 5), 1, 0), ((6, 32), -1, 8)):
         check("noise_temper", place, torch.float32, True, True)
