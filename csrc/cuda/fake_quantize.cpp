@@ -2,51 +2,21 @@
 // Glue of the fake_quantize family: layouts, allocation, device and stream. The kernels are in fake_quantize.cu.
 #include "cuda/fake_quantize.h"
 
-#include "core/checks.h"
 #include "core/storage.h"
-#include "cuda/device.h"
+#include "cuda/scaled.h"
 
 namespace fastflat::cuda {
 namespace {
 
-const void* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
-
-std::optional<Tensor> parameter(const char* op, const char* name, const std::optional<Tensor>& p, const Tensor& x,
-                                const Geometry& g) {
-  if (!p) return std::nullopt;
-  check_parameter(op, name, *p, x, g.channels);
-  return dense(*p, true);
-}
-
-// What the ops of the family share: x as the kernels want it, the grid, scale and zero-point. The tensors live as long
-// as this does.
-struct Call {
-  const char* op;
-  Tensor x;
-  Geometry geometry;
-  std::optional<Tensor> scale, zero_point;
+// What the ops of the family share.
+struct QuantizeCall : Scaled {
   Quantizer quantizer;
 
-  Call(const char* op_, const Tensor& x_, const std::optional<Tensor>& scale_, const std::optional<Tensor>& zero_point_,
-       int64_t qmin, int64_t qmax, int64_t axis, int64_t group, double eps, int64_t rules, double factor)
-      : op(op_), x(prepare(op_, x_, axis, group)), geometry(geometry_of(x, axis, group)) {
-    scale = parameter(op, "scale", scale_, x, geometry);
-    zero_point = parameter(op, "zero_point", zero_point_, x, geometry);
-    quantizer = {data(scale), data(zero_point), qmin, qmax, eps, factor, rules};
-  }
-
-  static Tensor prepare(const char* op, const Tensor& x, int64_t axis, int64_t group) {
-    check_layout(op, x, axis, group);
-    return aligned(dense(x, group > 0));
-  }
-
-  // A cotangent or tangent in the storage order of x.
-  Tensor along(const char* name, const Tensor& t) const {
-    check_same_shape(op, name, t, x);
-    return aligned(in_layout_of(t, x));
-  }
-
-  Tensor bytes(int64_t count) const { return empty_dense(x, {count}, ScalarType::Byte); }
+  QuantizeCall(const char* op_, const Tensor& x_, const std::optional<Tensor>& scale_,
+               const std::optional<Tensor>& zero_point_, int64_t qmin, int64_t qmax, int64_t axis, int64_t group,
+               double eps, int64_t rules, double factor)
+      : Scaled(op_, x_, scale_, zero_point_, axis, group),
+        quantizer{data(scale), data(zero_point), qmin, qmax, eps, factor, rules} {}
 };
 
 Tensor fake_quantize(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t qmin,
@@ -54,7 +24,7 @@ Tensor fake_quantize(const Tensor& x, const Tensor& scale, const std::optional<T
                      std::optional<ScalarType> dtype) {
   constexpr auto op = "fake_quantize";
   const OnDevice device(x);
-  const Call call(op, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, 1.0);
+  const QuantizeCall call(op, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, 1.0);
   const ScalarType result = dtype.value_or(x.scalar_type());
   const Pair pair = pair_of(op, x.scalar_type(), result);
   Tensor y = empty_like(call.x, result, group > 0);
@@ -69,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_bwd(const Tensor& gy_, const Te
                                                      int64_t rules, double factor, bool need_scale) {
   constexpr auto op = "fake_quantize_bwd";
   const OnDevice device(x);
-  const Call call(op, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, factor);
+  const QuantizeCall call(op, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, factor);
   const Tensor gy = call.along("gy", gy_);
   const Pair pair = pair_of(op, x.scalar_type(), gy.scalar_type());
   Tensor gx = empty_like(call.x, x.scalar_type(), group > 0);
@@ -97,12 +67,12 @@ Tensor fake_quantize_jvp(const std::optional<Tensor>& tx_, const std::optional<T
                          int64_t group, double eps, int64_t rules, double factor, std::optional<ScalarType> dtype) {
   constexpr auto op = "fake_quantize_jvp";
   const OnDevice device(x);
-  const Call call(op, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, factor);
+  const QuantizeCall call(op, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, factor);
   const ScalarType result = dtype.value_or(x.scalar_type());
   const Pair pair = pair_of(op, x.scalar_type(), result);
   const auto tx = tx_ ? std::optional(call.along("tx", *tx_)) : std::nullopt;
-  const auto ts = parameter(op, "ts", ts_, x, call.geometry);
-  const auto tz = parameter(op, "tz", tz_, x, call.geometry);
+  const auto ts = call.parameter("ts", ts_, call.geometry.channels);
+  const auto tz = call.parameter("tz", tz_, call.geometry.channels);
   const bool of_result = tx && tx->scalar_type() != x.scalar_type();
   STD_TORCH_CHECK(!of_result || tx->scalar_type() == result, "fastflat::", op,
                   ": tx must have the dtype of x or of the result");
@@ -117,7 +87,7 @@ std::tuple<Tensor, Tensor> fake_quantize_absmax(const Tensor& x, int64_t qmin, i
                                                 std::optional<ScalarType> dtype) {
   constexpr auto op = "fake_quantize_absmax";
   const OnDevice device(x);
-  const Call call(op, x, std::nullopt, std::nullopt, qmin, qmax, axis, group, eps, rules, 1.0);
+  const QuantizeCall call(op, x, std::nullopt, std::nullopt, qmin, qmax, axis, group, eps, rules, 1.0);
   const ScalarType result = dtype.value_or(x.scalar_type());
   const Pair pair = pair_of(op, x.scalar_type(), result);
   Tensor y = empty_like(call.x, result, group > 0);

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from fastflat import _ops
-from fastflat._spec import TINY
+from fastflat._spec import RULES, TINY
 from fastflat.backends import reference
 
 LIBRARY = sys.argv[1]
@@ -55,6 +55,8 @@ def close(got, want):
 
 def call(name, *args):
     global compared
+    # Else the op would fall back to the reference and be compared with itself.
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastflat::{name}", "CPU"), name
     result = _ops.overload(name)(*args)
     assert SYMBOLS.fastflat_test_guards() == 0
     assert args[0] is None or args[0].numel() == 0 or SYMBOLS.fastflat_test_on_current_stream()
@@ -134,6 +136,40 @@ def bitplanes(pair):
             same(call("bitplane_jvp", *tangents, *args, result), reference.bitplane_jvp(*tangents, *args, result))
 
 
+#: Of general_quantize: no draws, uniform ones, normal ones.
+RULE_SETS = (RULES["round_away"], RULES["noise_temper"], RULES["noise_normal"])
+
+
+def compare_general(x, axis, group, result, rules):
+    shape, compute = _ops.scale_shape(x.shape, axis, group), _ops.compute_dtype(x.dtype)
+    scale, zero_point = torch.rand(shape, dtype=compute) + 0.2, randn(*shape, dtype=compute)
+    if scale.dim() == 2:
+        scale = scale.t().contiguous().t()
+    state = torch.tensor([5, 1 << 40])
+    nu, a, delta = (torch.rand((), dtype=compute) for _ in range(3))
+    drawn = (state, nu, a) if rules != RULE_SETS[0] else (None, None, None)
+    rest = (-8, 7, axis, group, TINY, rules)
+    for zero in (None, zero_point):
+        args = (x, scale, zero, *drawn, *rest)
+        same(call("general_quantize", *args, result), reference.general_quantize(*args, result))
+        gy = randn(*reversed(x.shape), dtype=result).permute(*reversed(range(x.dim())))
+        for of_delta, need_scale, need_delta in (
+            (None, False, True),
+            (delta, True, True),
+            (delta, True, False),
+            (delta, False, True),
+        ):
+            args = (gy, x, scale, zero, *drawn, of_delta, *rest, 0.5, need_scale, need_delta)
+            got, want = call("general_quantize_bwd", *args), reference.general_quantize_bwd(*args)
+            same(got[0], want[0])
+            for k in (1, 2, 3):
+                close(got[k], want[k])
+        ts = torch.rand_like(scale)
+        for tangents in ((gy, ts, None), (gy.to(x.dtype), None, ts), (None, ts, ts)):
+            args = (*tangents, x, scale, zero, *drawn, *rest, 0.5, result)
+            same(call("general_quantize_jvp", *args), reference.general_quantize_jvp(*args))
+
+
 def refused(text, name, *args):
     message = None
     try:
@@ -146,15 +182,19 @@ def refused(text, name, *args):
 
 
 torch.manual_seed(0)
+calls = 0
 PAIRS = [(d, d) for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
 for dtype, result in [*PAIRS, (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]:
     for x, axis in layouts(dtype):
         compare(x, axis, 0, result)
         compare(x, -1, 0, result)
         compare_mixed(x, axis, 0, result)
+        calls += 1
+        compare_general(x, (axis, -1)[calls % 2], 0, result, RULE_SETS[calls % len(RULE_SETS)])
         if x.shape[-1] % 3 == 0 and x.numel():
             compare(x, -1, 3, result)
             compare_mixed(x, -1, 3, result)
+            compare_general(x, -1, 3, result, RULE_SETS[calls % len(RULE_SETS)])
 
 for pair in [*PAIRS, (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]:
     bitplanes(pair)
@@ -167,6 +207,12 @@ refused("x must be float32, bfloat16", "fake_quantize", x.int(), one, None, *gri
 refused("group must divide", "fake_quantize", x, one, None, -8, 7, -1, 4, TINY, 0)
 refused("gy must have the shape of x", "fake_quantize_bwd", x[1:], x, one, None, *grid, 1.0, True)
 refused("tx must have the dtype", "fake_quantize_jvp", x.half(), None, None, x, one, None, *grid, 1.0)
+general = (x, one, None, None, None, None, -8, 7, -1, 0, TINY)
+refused("state must be given", "general_quantize", *general, RULES["noise_bypass"])
+refused("only where x has 16 bits", "general_quantize", *general, RULES["compute_input"])
+words = torch.zeros(3, dtype=torch.int64)
+refused("contiguous int64 tensor of 2", "general_quantize", x, one, None, words, *general[4:], RULES["noise_bypass"])
+refused("nu must have 1 values", "general_quantize", x, one, None, None, words.float(), *general[5:], 0)
 nine = torch.ones(9)
 refused("from 1 to 8 candidates", "mixquant", x, nine, nine, nine, nine, -1, 0, TINY, 0)
 refused("q must have the shape of p", "bitplane", x, x[1:], torch.ones(4), one, one, False, False)

@@ -4,8 +4,11 @@
 #include "core/storage.h"
 #include "core/tensor.h"
 #include "cuda/device.h"
+#include "cuda/scaled.h"
 
 #define CUDA CPU
+#include "cuda/bitplane.cpp"
 #include "cuda/fake_quantize.cpp"
+#include "cuda/general_quantize.cpp"
 #include "cuda/identity.cpp"
 #include "cuda/mixquant.cpp"
