@@ -271,8 +271,8 @@ def test_packages_are_packages():
 )
 def test_names_are_derivable(pattern):
     for family in sorted(FAMILIES):
-        if "_loops" in pattern or "csrc/math" in pattern:
-            family = family.removesuffix("_list")  # a list of tensors takes the loops and functors of one
+        if "_loops" in pattern or "csrc/math" in pattern or pattern.endswith(".cu"):
+            family = family.removesuffix("_list")  # a list of tensors takes the functors and loops of one
         assert (ROOT / pattern.format(family)).is_file(), f"{pattern.format(family)} is missing"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastflat import _checks
 from fastflat._spec import QuantSpec
-from fastflat.quant import _initial
+from fastflat.quant import _ahead, _initial
 from fastflat.quant.quantizer import Quantizer
 
 
@@ -43,6 +43,8 @@ class QuantLayer:
 
     #: The inputs that are quantized.
     inputs: tuple[Input, ...] = ()
+    #: Whether autocast wants the weight in its type.
+    casts_weight = True
 
     @classmethod
     def weight_names(cls, module: nn.Module) -> tuple[str, ...]:
@@ -140,7 +142,8 @@ class QuantLayer:
         weight, quantizer = getattr(self, name), getattr(self, f"{name}_quantizer")
         if quantizer is None:
             return weight if dtype is None else weight.to(dtype)
-        return quantizer(weight, dtype)
+        ready = _ahead.take(self, name, weight, quantizer, dtype)
+        return quantizer(weight, dtype) if ready is None else ready
 
     def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """:meth:`quantized` of a layer's one weight."""

@@ -130,6 +130,8 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
     ``[num_embeddings, embedding_dim/group]``.
     """
 
+    casts_weight = False
+
     @classmethod
     def refuse(cls, module: nn.Module, label: str) -> None:
         if module.max_norm is not None:

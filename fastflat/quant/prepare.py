@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from fastflat import _checks
 from fastflat._spec import QuantSpec
-from fastflat.quant import layers
+from fastflat.quant import _ahead, layers
 from fastflat.quant._layer import Factory, QuantLayer
 from fastflat.quant.attention import QuantMultiheadAttention
 from fastflat.quant.quantizer import Quantizer
@@ -46,6 +46,7 @@ def prepare(
     bits: Mapping[str, Bits] | None = None,
     skip: Sequence[str] = (),
     quantizer: Factory = Quantizer,
+    fuse_weights: bool = False,
 ) -> nn.Module:
     """Replace every layer of a model that has a quantized form (:data:`LAYERS`) by it, in place: linear, convolutions
     and their transposes in 1 and 2 dimensions, embedding, multi-head attention, LSTM and GRU.
@@ -67,6 +68,12 @@ def prepare(
             are those of ``fnmatch`` on full names (``*`` crosses dots); a later match overrides an earlier one.
         skip: patterns of layers that stay as they are.
         quantizer: class of the quantizers; :mod:`fastflat.quant.eager` has others to compare with.
+        fuse_weights: quantize all weights by one :func:`fastflat.fake_quantize_list` before each forward of the model,
+            with the same bits of results and gradients; it pays where layers are many and small. A sub-module that is
+            called alone, quantizers with noise or of another class, and a second call of a layer in one forward compute
+            their weights as without it. The gradients of all weights come at the end of backward, so that
+            DistributedDataParallel cannot hide its reduction behind it. Not for activation checkpointing around
+            quantized layers nor for parameters that are gathered layer by layer (FSDP).
 
     Returns:
         The model.
@@ -124,6 +131,8 @@ def prepare(
             setattr(model.get_submodule(parent), child, layer)
     _leave_fast_path(model)
     model.register_load_state_dict_pre_hook(check_before_load)
+    if fuse_weights:
+        _ahead.install(model)
     return model
 
 

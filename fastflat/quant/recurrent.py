@@ -20,6 +20,7 @@ class _Recurrent(QuantLayer):
     """What the recurrent layers share. The recursion is PyTorch's fused call, given the quantized weights."""
 
     inputs = (Input("input_quantizer", "input_size", (-1,)),)
+    casts_weight = False
     _kernel: Callable
 
     @classmethod
