@@ -21,13 +21,16 @@ WORDS = {
     "compile": "torch.compile",
     "eager": "eager Python",
     "builtin": "PyTorch's builtin",
+    "torchao": "torchao",
+    "brevitas": "Brevitas",
 }
 
 
 def chosen(result: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
-    """The cases shown: fp32 forward and backward on one thread, every size and granularity that was measured."""
-    found = report.cases(result["rows"])
-    return [(c, p) for c, p in found if (c["dtype"], c["threads"], c["passes"]) == ("fp32", 1, "both")]
+    """The cases shown: fake_quantize in fp32, forward and backward on one thread, every size and granularity that was
+    measured."""
+    shown = {"family": "fake_quantize", "dtype": "fp32", "threads": 1, "passes": "both"}
+    return [(c, p) for c, p in report.cases(result["rows"]) if c.items() >= shown.items()]
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -16,6 +16,8 @@ FORMAT = 1
 
 #: Fields that name a case: rows that agree in them were measured in turns.
 CASE = ("family", "threads", "dtype", "granularity", "passes", "elements")
+#: Bytes of an element.
+_WIDTHS = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 #: Column of the others' factor: how many times longer they take than fastflat.
 _OURS, _FLOOR = "fastflat", "mul"
 
@@ -69,13 +71,14 @@ def cases(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str
 
 
 def quantize_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines: for each case the copy, fastflat, its share of the copy's bandwidth, its time in floors, and by
-    how many times each peer takes longer."""
+    """Head and lines: for each case the copy, fastflat, its share of the copy's bandwidth, its time in floors, by how
+    many times each peer takes longer, and the peak memory of each in tensors of the data."""
     rows = result["rows"]
     peers = list(dict.fromkeys(row["peer"] for row in rows))
     others = [peer for peer in peers if peer not in (_OURS, _FLOOR)]
     head = ["elements", "type", "scale", "threads", "copy", _OURS, "spread", "copies", "of copy bw", f"x {_FLOOR}"]
     head += [f"vs {peer}" for peer in others]
+    head += ["peak", *(f"peak {peer}" for peer in others)]
     lines = []
     for case, by_peer in cases(rows):
         ours = by_peer.get(_OURS, {})
@@ -89,8 +92,17 @@ def quantize_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             line += [seconds(time), f"+-{spread / 2:.0f} %", f"{ours['copies']:.2f}"]
             line.append(f"{100 * ours['of_copy_bandwidth']:.0f} %")
         line += [_ratio(by_peer, _OURS, _FLOOR), *(_ratio(by_peer, peer, _OURS) for peer in others)]
+        line += [_peak(by_peer, peer) for peer in (_OURS, *others)]
         lines.append(line)
     return head, lines
+
+
+def _peak(by_peer: dict[str, dict[str, Any]], peer: str) -> str:
+    """Peak memory of a call in tensors of the case's data."""
+    row = by_peer.get(peer, {})
+    if row.get("peak_bytes") is None:
+        return "-"
+    return f"{row['peak_bytes'] / (row['elements'] * _WIDTHS[row['dtype']]):.1f}"
 
 
 def _ratio(by_peer: dict[str, dict[str, Any]], of: str, to: str) -> str:

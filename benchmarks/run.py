@@ -23,8 +23,8 @@ def rows(case: Case, peers: Sequence[str], threads: int, effort: Effort, device:
     A row holds the median ``seconds`` of a call with quartiles ``q1``, ``q3`` and ``best`` over ``rounds`` of
     ``calls`` each; ``bytes`` it must move and the ``bandwidth`` that follows (bytes a second); ``copy_seconds``;
     ``copies``, its time in copies of the data; ``of_copy_bandwidth``; ``over_floor``, how many times longer than the
-    floor, as the median over the rounds. A peer without a form of the case has its reason
-    in ``unsupported`` and no timing.
+    floor, as the median over the rounds; ``peak_bytes``, the most memory that a call allocates at once. A peer without
+    a form of the case has its reason in ``unsupported`` and no timing.
     """
     named = {
         "family": case.family,
@@ -44,15 +44,16 @@ def rows(case: Case, peers: Sequence[str], threads: int, effort: Effort, device:
             except Unsupported as reason:
                 missing[peer] = str(reason)
         timings = measure.interleaved(calls, effort, measure.synchronizer(device))
+        peaks = {peer: measure.peak_memory(calls[peer], device) for peer in peers if peer in calls}
     copy = timings[_COPY].median
     return [
         {**named, "peer": peer, "copy_seconds": copy}
-        | ({"unsupported": missing[peer]} if peer in missing else _numbers(case, peer, timings, copy))
+        | ({"unsupported": missing[peer]} if peer in missing else _numbers(case, peer, timings, copy, peaks[peer]))
         for peer in peers
     ]
 
 
-def _numbers(case: Case, peer: str, timings: dict[str, measure.Timing], copy: float) -> dict[str, Any]:
+def _numbers(case: Case, peer: str, timings: dict[str, measure.Timing], copy: float, peak: int) -> dict[str, Any]:
     timing, floor = timings[peer], timings.get(FLOORS[0])
     moved = case.bytes
     if peer in FLOORS:
@@ -70,6 +71,7 @@ def _numbers(case: Case, peer: str, timings: dict[str, measure.Timing], copy: fl
         "copies": timing.median / copy,
         "of_copy_bandwidth": bandwidth / (case.copied_bytes / copy),
         "over_floor": None if floor is None else timing.over(floor),
+        "peak_bytes": peak,
     }
 
 

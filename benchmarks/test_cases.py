@@ -4,12 +4,13 @@
 import pytest
 import torch
 
-from .cases import fake_quantize, identity, mixquant
+from .cases import bitplane, fake_quantize, general_quantize, identity, mixquant
 from .peers import PEERS, Unsupported, prepare
 
 SIZES = (2**12, 2**16)
 CASES = [*fake_quantize.cases(SIZES, [torch.float32]), *identity.cases(SIZES, [torch.float32])]
-CASES += mixquant.cases(SIZES, [torch.float32])
+for module in (general_quantize, mixquant, bitplane):
+    CASES += module.cases(SIZES, [torch.float32])
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,14 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
+class DynamicCase(Case):
+    """A case whose scale comes from the data in each call."""
+
+    def data(self, device: torch.device) -> Data:
+        return dataclasses.replace(super().data(device), scale=None)
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     """The tensors of a case; x and scale require gradients where the case has a backward pass."""
 

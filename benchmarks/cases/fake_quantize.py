@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fake-quantization to 4 bits with a learned scale: per tensor, per channel, in groups."""
+"""Fake-quantization to 4 bits with a learned scale, per tensor, per channel and in groups; and per channel with a scale
+from the data."""
 
 from __future__ import annotations
 
@@ -10,13 +11,14 @@ import torch
 from fastflat import QuantSpec
 from fastflat._ops import OPS, compute_dtype
 
-from . import Case, scale_shape, shape_of
+from . import Case, DynamicCase, scale_shape, shape_of
 
 GRANULARITIES = {
     "tensor": QuantSpec.lsq(bits=4),
     "channel": QuantSpec.lsq(bits=4, axis=0),
     "group32": QuantSpec.lsq(bits=4, group=32),
     "group128": QuantSpec.lsq(bits=4, group=128),
+    "dynamic": QuantSpec(bits=4, axis=0, mask="none"),
 }
 
 
@@ -30,12 +32,13 @@ def cases(
     for dtype in dtypes:
         for granularity in granularities:
             spec = GRANULARITIES[granularity]
+            kind = Case if spec.trains_scale else DynamicCase
             for size in sizes:
                 shape = shape_of(size, spec.group)
                 forward, backward = traffic(shape, dtype, spec)
                 for which in passes:
                     total = forward + backward if which == "both" else forward
-                    yield Case("fake_quantize", shape, dtype, which, spec, granularity, total)
+                    yield kind("fake_quantize", shape, dtype, which, spec, granularity, total)
 
 
 def traffic(shape: tuple[int, int], dtype: torch.dtype, spec: QuantSpec) -> tuple[int, int]:
@@ -43,5 +46,7 @@ def traffic(shape: tuple[int, int], dtype: torch.dtype, spec: QuantSpec) -> tupl
     x = torch.empty(shape, dtype=dtype, device="meta")
     scale = torch.empty(scale_shape(spec, shape), dtype=compute_dtype(dtype), device="meta")
     grid = (spec.qmin, spec.qmax, -1 if spec.axis is None else spec.axis, spec.group or 0, spec.eps, spec.rules)
-    forward = OPS["fake_quantize"].bytes_moved(x, scale, None, *grid)
-    return forward, OPS["fake_quantize_bwd"].bytes_moved(x, x, scale, None, *grid, 1.0, True)
+    backward = OPS["fake_quantize_bwd"].bytes_moved(x, x, scale, None, *grid, 1.0, spec.trains_scale)
+    if spec.trains_scale:
+        return OPS["fake_quantize"].bytes_moved(x, scale, None, *grid), backward
+    return OPS["fake_quantize_absmax"].bytes_moved(x, *grid), backward

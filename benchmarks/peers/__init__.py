@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cases import Data
-from . import builtin, compiled, eager, floor, ours
+from . import bitplanes, builtin, compiled, eager, floor, libraries, ours
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -27,6 +27,14 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
         "compile": compiled.lsq,
         "builtin": builtin.learnable,
         "builtin-fixed": builtin.fixed,
+        "torchao": libraries.torchao,
+        "brevitas": libraries.brevitas,
+    },
+    "general_quantize": {
+        "mul": floor.mul,
+        "fastflat": ours.fake_quantize,
+        "eager": eager.lsq,
+        "compile": compiled.lsq,
     },
     "mixquant": {
         "mul": floor.mul,
@@ -35,6 +43,7 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
         "composed": ours.composed_mixquant,
         "eager": eager.mixquant,
     },
+    "bitplane": {"fastflat": bitplanes.fused, "eager": bitplanes.eager, "compile": bitplanes.compiled},
     "identity": {"mul": floor.mul, "fastflat": ours.identity, "clone": floor.clone},
 }
 

@@ -6,8 +6,14 @@ from __future__ import annotations
 import torch
 
 
+def _wants_scale(data) -> None:
+    if data.scale is None:
+        raise ValueError("no scale from the data")
+
+
 def learnable(data):
     """``torch._fake_quantize_learnable_per_tensor_affine`` and ``..._per_channel_affine``."""
+    _wants_scale(data)
     spec, factor, dtype = data.case.spec, data.factor, data.x.dtype
     zero = torch.zeros(data.scale.numel(), device=data.x.device)
     if spec.axis is None and spec.group is None:
@@ -32,6 +38,7 @@ def learnable(data):
 
 def fixed(data):
     """``torch.fake_quantize_per_tensor_affine`` and ``..._per_channel_affine``: no gradient of the scale."""
+    _wants_scale(data)
     spec, scale = data.case.spec, data.scale.detach()
     if spec.axis is None and spec.group is None:
         zero = torch.zeros((), dtype=torch.int32, device=data.x.device)

@@ -9,6 +9,7 @@ from torch.autograd import Function
 
 import fastflat
 
+from ..cases.general_quantize import AMOUNTS
 from ..cases.mixquant import BITS, mixture
 
 
@@ -25,8 +26,10 @@ class Identity(Function):
 
 
 def fake_quantize(data):
-    spec = data.case.spec
-    return lambda x, scale: fastflat.fake_quantize(x, scale, spec=spec)
+    spec, amounts = data.case.spec, AMOUNTS.get(data.case.granularity, {})
+    if data.scale is None:
+        return lambda x, scale: fastflat.fake_quantize_dynamic(x, spec=spec, **amounts)[0]
+    return lambda x, scale: fastflat.fake_quantize(x, scale, spec=spec, **amounts)
 
 
 def mixquant(data):

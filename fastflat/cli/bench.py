@@ -21,7 +21,9 @@ _ROOT = Path(fastflat.__file__).resolve().parent.parent
 _SIZES = "2^12..2^24/2,2^25"
 _QUICK_SIZES = "2^12,2^16,2^20,2^22"
 _SMALLEST, _LARGEST = 2**7, 2**28
-_PEERS = "mul,fastflat,eager,compile,builtin"
+_FAMILIES = ("fake_quantize", "general_quantize", "mixquant", "bitplane", "identity")
+#: Peers of fake_quantize that only run when they are named.
+_ON_REQUEST = ("builtin-fixed",)
 _STEP_PEERS = "fp32,view,identity,mul,fastflat,eager,builtin"
 
 
@@ -76,14 +78,14 @@ _JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), hel
 @click.option("--sizes", help=f"Elements: 2^12,2^20 or 2^12..2^24/2 (every second power). [default: {_SIZES}]")
 @click.option("--dtypes", default="fp32,bf16", show_default=True, help="Of fp32, bf16, fp16.")
 @click.option(
-    "--granularity", default="tensor,channel,group32", show_default=True, help="Of tensor, channel, group32, group128."
+    "--granularity", help="Of the families' own: tensor, channel, group32, ...; uniform, ..., mxfp4. [default: most]"
 )
 @click.option(
     "--passes", default="both", show_default=True, help="both: forward and backward; forward; or both,forward."
 )
-@click.option("--peers", default=_PEERS, show_default=True, help="Who computes; builtin-fixed trains no scale.")
+@click.option("--peers", help="Who computes; builtin-fixed trains no scale. [default: all others]")
 @_THREADS
-@click.option("--family", type=click.Choice(["fake_quantize", "identity"]), default="fake_quantize", show_default=True)
+@click.option("--family", default="fake_quantize", show_default=True, help=f"Of {', '.join(_FAMILIES)}, or all.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @_ALLOCATOR
 @click.option("--quick", is_flag=True, help=f"Fewer rounds; {_QUICK_SIZES} in fp32, unless others are given.")
@@ -91,43 +93,70 @@ _JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), hel
 @_JSON
 @click.pass_context
 def quantize(ctx: click.Context, **options: Any) -> None:
-    """Fake-quantization to 4 bits with a learned scale against other implementations of it.
+    """Quantizers against other implementations of them: eager code, torch.compile, PyTorch's operators, and torchao
+    and Brevitas where they are installed (make peers).
 
-    Each case is timed in turns with a copy of the data. "of copy bw" is the traffic that the case cannot avoid, per
-    second, over that of the copy; "x mul" is the time over that of an autograd Function of one torch.mul each way.
+    fake_quantize: 4 bits with a learned scale, and with one from the data ("dynamic"). general_quantize: noise,
+    stochastic rounding, floating-point and block formats. Each case is timed in turns with a copy of the data. "of copy
+    bw" is the traffic that the case cannot avoid, per second, over that of the copy; "x mul" is the time over that of
+    an autograd Function of one torch.mul each way; "peak" is the most memory that a call allocates, in tensors of the
+    data.
 
     \b
     Examples:
       fastflat bench quantize
       fastflat bench quantize --sizes 2^20,2^22 --dtypes fp32 --threads 1 --json result.json
+      fastflat bench quantize --family general_quantize --granularity uniform,stochastic --sizes 2^22
       fastflat bench quantize --device cuda --sizes 2^24..2^28
     """
     given = ctx.get_parameter_source("dtypes") is click.core.ParameterSource.COMMANDLINE
     quick = options["quick"]
     cases, peers, measure = package("cases"), package("peers"), package("measure")
-    family = options["family"]
+    families = list(_FAMILIES) if options["family"] == "all" else _known("family", options["family"], _FAMILIES)
     device = _device(options["device"])
-    wanted_peers = _known("peers", options["peers"], peers.PEERS[family]) if family == "fake_quantize" else None
-    names = list(wanted_peers or peers.PEERS[family])
+    named = _chosen_peers(options["peers"], families, peers.PEERS)
     dtypes = _known("dtypes", "fp32" if quick and not given else options["dtypes"], cases.DTYPES)
     passes = _known("passes", options["passes"], cases.PASSES)
     sizes = parse_sizes(options["sizes"] or (_QUICK_SIZES if quick else _SIZES))
     threads = parse_threads(options["threads"]) if device.type == "cpu" else [torch.get_num_threads()]
     _writable(options["json_file"])
-    module = package(f"cases.{family}")
     arguments = {"sizes": sizes, "dtypes": [cases.DTYPES[name] for name in dtypes], "passes": passes}
-    if family == "fake_quantize":
-        arguments["granularities"] = _known("granularity", options["granularity"], module.GRANULARITIES)
-    chosen = list(module.cases(**arguments))
+    chosen = _chosen_cases(options["granularity"], families, arguments)
 
     memory = _memory(options["allocator"])
-    _gate(device, arguments["dtypes"], options["gate"])
+    _gate(device, arguments["dtypes"], families if options["gate"] else [])
     effort = measure.QUICK if quick else measure.Effort()
-    result = {"benchmark": family, **_where(device, memory), "effort": vars(effort), "rows": []}
-    runs = package("run").all_rows(chosen, names, threads, effort, device)
-    for rows in _with_bar(runs, len(chosen) * len(threads)):
-        result["rows"] += rows
+    where = {**_where(device, memory), "effort": vars(effort)}
+    result = {"benchmark": ",".join(families), **where, "rows": []}
+    for family in families:
+        runs = package("run").all_rows(chosen[family], named[family], threads, effort, device)
+        for rows in _with_bar(runs, len(chosen[family]) * len(threads)):
+            result["rows"] += rows
     _finish(result, "quantize_table", options["json_file"])
+
+
+def _chosen_peers(text: str | None, families: list[str], known: dict[str, Any]) -> dict[str, list[str]]:
+    """Names of the peers of each family."""
+    if text is None:
+        return {family: [name for name in known[family] if name not in _ON_REQUEST] for family in families}
+    named = _known("peers", text, dict.fromkeys(name for family in families for name in known[family]))
+    return {family: [name for name in named if name in known[family]] for family in families}
+
+
+def _chosen_cases(text: str | None, families: list[str], arguments: dict[str, Any]) -> dict[str, list[Any]]:
+    """The cases of each family. A family without granularities has all of its cases, whatever is named."""
+    modules = {family: package(f"cases.{family}") for family in families}
+    own = {family: getattr(module, "GRANULARITIES", None) for family, module in modules.items()}
+    if text is not None:
+        named = _known("granularity", text, dict.fromkeys(name for names in own.values() for name in names or ()))
+    found = {}
+    for family, module in modules.items():
+        if own[family] is None:
+            found[family] = list(module.cases(**arguments))
+            continue
+        taken = [n for n in own[family] if n != "group128"] if text is None else [n for n in named if n in own[family]]
+        found[family] = list(module.cases(**arguments, granularities=taken)) if taken else []
+    return found
 
 
 @bench.command()
@@ -153,7 +182,7 @@ def step(**options: Any) -> None:
     threads = parse_threads(options["threads"])
     _writable(options["json_file"])
     memory = _memory(options["allocator"])
-    _gate(torch.device("cpu"), [torch.float32], False)
+    _gate(torch.device("cpu"), [torch.float32], [])
     model = _models.build("resnet20", (3, 32, 32), 10, seed=0)
     calls = steps.steps(model, (3, 32, 32), options["batch"], options["bits"], _models.ends(model), names)
     effort = measure.QUICK if options["quick"] else measure.Effort(seconds=90.0, rounds=(9, 31), block=0.0)
@@ -250,12 +279,13 @@ def _memory(allocator: str) -> str:
     return f"tuned: {done.reason}" if done.applied else f"default: {done.reason}"
 
 
-def _gate(device: torch.device, dtypes: list[torch.dtype], with_tests: bool) -> None:
+def _gate(device: torch.device, dtypes: list[torch.dtype], tested: list[str]) -> None:
+    """Refuse if the kernels differ from the reference, or if the test file of one of the `tested` families is red."""
     gate = package("gate")
-    if with_tests:
-        tests = _ROOT / "tests" / "ops" / "test_fake_quantize.py"
+    for family in tested:
+        tests = _ROOT / "tests" / "ops" / f"test_{family}.py"
         if not tests.is_file():
-            raise ValueError("bench: --gate must run in a checkout with tests/ops/test_fake_quantize.py, got none")
+            raise ValueError(f"bench: --gate must run in a checkout with tests/ops/{tests.name}, got none")
         red = gate.tests_are_red(tests)
         if red:
             raise click.ClickException(f"bench: refused, the op's tests are red: {red}")
@@ -283,9 +313,13 @@ def _finish(result: dict[str, Any], table: str, target: Path | None) -> None:
     report, machine = package("report"), package("machine")
     if target is not None:
         report.write(target.resolve(), result)
-    head, lines = getattr(report, table)(result)
     notes = [machine.line(result["machine"]), f"allocator {result['allocator']}"]
     notes += filter(None, [machine.busy(result["machine"])])
     missing = {row["peer"]: row["unsupported"] for row in result["rows"] if "unsupported" in row}
     notes += [f"{peer}: no form of some cases: {reason}" for peer, reason in missing.items()]
-    report.show(f"bench {result['benchmark']}", head, lines, notes, click.echo)
+    families = list(dict.fromkeys(row.get("family") for row in result["rows"]))
+    for family in families:
+        rows = [row for row in result["rows"] if row.get("family") == family]
+        head, lines = getattr(report, table)({**result, "rows": rows})
+        title = f"bench {family or result['benchmark']}"
+        report.show(title, head, lines, notes if family == families[-1] else [], click.echo)

@@ -11,6 +11,7 @@ from fastflat.cli import bench
 
 CASE = {"family", "threads", "dtype", "granularity", "passes", "elements", "shape", "peer", "copy_seconds"}
 NUMBERS = {"seconds", "q1", "q3", "best", "rounds", "calls", "bytes", "bandwidth", "copies", "of_copy_bandwidth"}
+NUMBERS |= {"over_floor", "peak_bytes"}
 
 
 def run(capsys, *arguments):
@@ -61,6 +62,28 @@ def test_quantize_writes_every_row(capsys, tmp_path, swift, own_memory):
     assert len(table) == 2 * 4 * 2
     assert f"torch {torch.__version__}" in out
     assert "of copy bw" in out
+
+
+def test_families_have_a_table_each(capsys, tmp_path, swift, own_memory):
+    """Peers and granularities go to the families that have them; noise and formats beside eager code."""
+    target = tmp_path / "result.json"
+    granularity = "channel,uniform,normal,temper,bypass,stochastic,e4m3,e2m1,mxfp8,mxfp4"
+    code, out, _ = run(
+        capsys, "quantize", "--quick", "--sizes", "2^7", "--threads", "1", "--family", "all", "--peers",
+        "fastflat,eager,clone", "--granularity", granularity, "--json", target,
+    )  # fmt: skip
+    assert code == 0
+    result = json.loads(target.read_text())
+    found = {(row["family"], row["granularity"], row["peer"]) for row in result["rows"]}
+    assert not [row for row in result["rows"] if "unsupported" in row]
+    assert {g for f, g, p in found if f == "general_quantize" and p == "eager"} == set(granularity.split(",")[1:])
+    assert {g for f, g, p in found if f == "fake_quantize"} == {"channel"}
+    assert ("bitplane", "planes", "eager") in found
+    assert ("identity", "none", "clone") in found
+    assert ("identity", "none", "eager") not in found
+    for family in ("fake_quantize", "general_quantize", "mixquant", "bitplane", "identity"):
+        assert f"bench {family}" in [line.strip() for line in out.splitlines()]
+    assert "peak eager" in out
 
 
 def test_identity(capsys, swift, own_memory):
@@ -119,7 +142,15 @@ def test_compare(capsys, tmp_path, benchmarks):
         (["quantize", "--peers", "fastflat,me"], "--peers must be of mul, fastflat, eager,"),
         (
             ["quantize", "--granularity", "row"],
-            "--granularity must be of tensor, channel, group32, group128, got 'row'",
+            "--granularity must be of tensor, channel, group32, group128, dynamic, got 'row'",
+        ),
+        (
+            ["quantize", "--family", "quantize"],
+            "--family must be of fake_quantize, general_quantize, mixquant, bitplane,",
+        ),
+        (
+            ["quantize", "--family", "identity", "--peers", "eager"],
+            "--peers must be of mul, fastflat, clone, got 'eager'",
         ),
         (["quantize", "--passes", "backward"], "--passes must be of forward, both, got 'backward'"),
         (["quantize", "--threads", "0"], "--threads must be numbers from 1 to 1024 or all, got '0'"),
@@ -168,6 +199,9 @@ def test_red_tests_are_not_timed(capsys, benchmarks, monkeypatch, own_memory):
     code, _, err = run(capsys, "quantize", "--gate")
     assert code == 2
     assert "refused, the op's tests are red: 1 failed in test_fake_quantize.py" in err
+    code, _, err = run(capsys, "quantize", "--gate", "--family", "general_quantize,identity")
+    assert code == 2
+    assert "1 failed in test_general_quantize.py" in err
 
 
 def test_a_run_that_breaks_off_leaves_the_old_file(tmp_path, benchmarks):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import fastflat
+from fastflat.backends import kernels as kernels_of
 
 CPU = torch.device("cpu")
 
@@ -20,7 +21,7 @@ def test_a_wrong_kernel_is_seen(benchmarks, monkeypatch, wrong):
     calls = []
 
     def passes(*arguments):
-        y, gx, *gs = right(*arguments)
+        y, gx, *gs = (t.clone() for t in right(*arguments))
         calls.append(1)
         if len(calls) % 2 == 0:  # every second call is the one of the kernels in force
             target = {"y": y, "dx": gx}.get(wrong)
@@ -49,6 +50,28 @@ def test_the_reference_is_asked_apart_from_the_kernels(benchmarks, monkeypatch):
     benchmarks.gate.mistakes(CPU, [torch.float32])
     assert set(used[0::2]) == {"reference"}
     assert set(used[1::2]) == {fastflat.choose("fake_quantize", "cpu")[0]}
+
+
+@pytest.mark.parametrize(
+    "op", ["general_quantize", "general_quantize_bwd", "general_quantize_dynamic", "mixquant", "bitplane"]
+)
+def test_every_family_is_watched(benchmarks, monkeypatch, op):
+    """A kernel of another family that is wrong by a bit in one element."""
+    kernels = kernels_of("cpu")
+    if kernels.backend == "reference":
+        pytest.skip("the kernels in force are the reference's")
+    right = getattr(kernels, op)
+
+    def wrong(*arguments):
+        result = right(*arguments)
+        first = result[0] if isinstance(result, tuple) else result
+        first.view(-1)[-1] = torch.nextafter(first.view(-1)[-1], torch.tensor(9.0, dtype=first.dtype))
+        return result
+
+    monkeypatch.setitem(kernels.__dict__, op, wrong)
+    found = benchmarks.gate.mistakes(CPU, [torch.float32])
+    assert found
+    assert all(text.startswith("dx of" if op.endswith("bwd") else "y of") for text in found)
 
 
 @pytest.mark.parametrize(("body", "red"), [("assert True", False), ("assert False", True)])

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timing, on a clock that the test turns: no test here depends on how fast a machine is."""
 
+import os
+
 import pytest
 import torch
 
@@ -106,3 +108,32 @@ def test_a_busy_machine_is_named(benchmarks, load, said):
     assert (note is not None) is said
     if said:
         assert note.startswith("busy machine: load 3.1 on 2 cores")
+
+
+def test_peak_memory_is_the_most_that_is_held_at_once(benchmarks, capfd):
+    cpu, kept = torch.device("cpu"), []
+
+    def call():
+        a = torch.empty(1000)
+        b = torch.empty(3000)
+        del a
+        kept.append(torch.empty(500))
+        del b
+
+    assert benchmarks.measure.peak_memory(call, cpu) == 4 * 4000
+    assert benchmarks.measure.peak_memory(lambda: None, cpu) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_peak_memory_holds_saved_tensors_until_backward(benchmarks):
+    x = torch.randn(1000, requires_grad=True)
+    # exp keeps its result, which lives beside the gradient.
+    peak = benchmarks.measure.peak_memory(lambda: torch.autograd.grad(x.exp(), x, x.detach()), torch.device("cpu"))
+    assert peak == 2 * 4 * 1000
+
+
+def test_standard_error_comes_back(benchmarks, capfd):
+    with pytest.raises(KeyError):
+        benchmarks.measure.peak_memory(lambda: {}["x"], torch.device("cpu"))
+    os.write(2, b"heard")
+    assert capfd.readouterr().err.endswith("heard")
