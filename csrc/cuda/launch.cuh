@@ -221,7 +221,8 @@ __device__ __forceinline__ void store_packs(const TupleOf<std::index_sequence<I.
 //   auto pack<N>(int64_t offset) const       what the pack at a storage offset has to itself: v[k] of it leads the
 //                                            arguments of its element k
 //   auto compact(int64_t channel) const      the group in few registers, for kernels that hold many
-//   static constexpr int blocks_at_once      instead of kBlocksAtOnce
+//   static constexpr int blocks_at_once      instead of kBlocksAtOnce; column_blocks_at_once for the kernel that owns
+//                                            columns, which has no limit otherwise
 template <class F>
 __device__ __forceinline__ void open(F& f) {
   if constexpr (requires { f.open(); }) f.open();
@@ -233,6 +234,15 @@ inline constexpr int blocks_at_once = [] {
     return F::blocks_at_once;
   } else {
     return kBlocksAtOnce;
+  }
+}();
+
+template <class F>
+inline constexpr int column_blocks_at_once = [] {
+  if constexpr (requires { F::column_blocks_at_once; }) {
+    return F::column_blocks_at_once;
+  } else {
+    return 0;
   }
 }();
 

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kBlock, blocks_at_once<F>)
 // Scales that alternate along memory (channels last, short runs): a thread owns N neighbouring columns of the matrix
 // [rows, width], whose scales never change, and walks down its share of the rows.
 template <int N, class F, class In, class Out>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, column_blocks_at_once<F>)
     reduce_columns_kernel(int64_t n, Geometry g, ReducePlan p, F f, In in, Out out, typename F::Compute* partials) {
   using C = typename F::Compute;
   const int64_t column_blocks = ceil_div(p.width, kBlock * N);
