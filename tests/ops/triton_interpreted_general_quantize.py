@@ -28,7 +28,7 @@ PLACES = [
     ((40, 5), 1, 0),
     ((3, 33), -1, 11),
     ((2, 3, 16, 16), 1, 0),
-    ((20, 16), 1, 0),
+    ((12, 136), 1, 0),
     ((3, 1100), 0, 0),
 ]
 #: Rules that :class:`fastflat.QuantSpec` makes, each convention and each way through the kernels at least once.
