@@ -67,7 +67,6 @@ def threads(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    gc.collect()
     was = gc.isenabled()
     gc.disable()
     try:
@@ -92,6 +91,7 @@ def interleaved(
     """
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
     with _no_collection():
         repeats = {name: _repeats(calls[name], effort.block, synchronize) for name in names}
         began = time.perf_counter()

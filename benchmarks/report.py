@@ -20,6 +20,8 @@ CASE = ("family", "threads", "dtype", "granularity", "passes", "elements")
 _WIDTHS = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 #: Column of the others' factor: how many times longer they take than fastflat.
 _OURS, _FLOOR = "fastflat", "mul"
+#: Whose peak memory the table shows.
+_PEAKS = ("fastflat", "eager")
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -72,13 +74,14 @@ def cases(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str
 
 def quantize_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and lines: for each case the copy, fastflat, its share of the copy's bandwidth, its time in floors, by how
-    many times each peer takes longer, and the peak memory of each in tensors of the data."""
+    many times each peer takes longer; peak memory in tensors of the data, all of which are in the rows."""
     rows = result["rows"]
     peers = list(dict.fromkeys(row["peer"] for row in rows))
     others = [peer for peer in peers if peer not in (_OURS, _FLOOR)]
     head = ["elements", "type", "scale", "threads", "copy", _OURS, "spread", "copies", "of copy bw", f"x {_FLOOR}"]
     head += [f"vs {peer}" for peer in others]
-    head += ["peak", *(f"peak {peer}" for peer in others)]
+    peaks = [peer for peer in _PEAKS if peer in peers]
+    head += [f"peak {peer}" for peer in peaks]
     lines = []
     for case, by_peer in cases(rows):
         ours = by_peer.get(_OURS, {})
@@ -92,7 +95,7 @@ def quantize_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             line += [seconds(time), f"+-{spread / 2:.0f} %", f"{ours['copies']:.2f}"]
             line.append(f"{100 * ours['of_copy_bandwidth']:.0f} %")
         line += [_ratio(by_peer, _OURS, _FLOOR), *(_ratio(by_peer, peer, _OURS) for peer in others)]
-        line += [_peak(by_peer, peer) for peer in (_OURS, *others)]
+        line += [_peak(by_peer, peer) for peer in peaks]
         lines.append(line)
     return head, lines
 
