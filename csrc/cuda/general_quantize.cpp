@@ -119,6 +119,28 @@ Tensor general_quantize_jvp(const MaybeTensor& tx_, const MaybeTensor& ts_, cons
   return ty;
 }
 
+std::tuple<Tensor, Tensor> general_quantize_dynamic(const Tensor& x, const MaybeTensor& state, const MaybeTensor& nu,
+                                                    const MaybeTensor& a, const MaybeTensor& outer_, int64_t qmin,
+                                                    int64_t qmax, int64_t axis, int64_t group, double eps,
+                                                    int64_t rules, std::optional<ScalarType> dtype) {
+  constexpr auto op = "general_quantize_dynamic";
+  const OnDevice device(x);
+  check_layout(op, x, axis, group);
+  Tensor scale = empty_dense(x, scale_sizes(x, axis, group), compute_type(x.scalar_type()));
+  const GeneralCall call(op, x, scale, {}, state, nu, a, {}, qmin, qmax, axis, group, eps, rules, 1.0);
+  const MaybeTensor outer = call.parameter("outer", outer_, 1);
+  const ScalarType result = dtype.value_or(x.scalar_type());
+  const Pair pair = pair_of(op, x.scalar_type(), result);
+  Tensor y = empty_like(call.x, result, group > 0);
+  Tensor workspace = call.bytes(general_quantize_scale_workspace(pair, call.geometry));
+  check_launch(op,
+               launch_general_quantize_scale(pair, call.geometry, call.quantizer, data(outer), call.x.const_data_ptr(),
+                                             scale.mutable_data_ptr(), workspace.mutable_data_ptr(), device.stream));
+  check_launch(op, launch_general_quantize(pair, call.geometry, call.quantizer, call.x.const_data_ptr(),
+                                           y.mutable_data_ptr(), device.stream));
+  return {y, scale};
+}
+
 }  // namespace
 }  // namespace fastflat::cuda
 
@@ -126,4 +148,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastflat, CUDA, m) {
   m.impl("general_quantize", TORCH_BOX(&fastflat::cuda::general_quantize));
   m.impl("general_quantize_bwd", TORCH_BOX(&fastflat::cuda::general_quantize_bwd));
   m.impl("general_quantize_jvp", TORCH_BOX(&fastflat::cuda::general_quantize_jvp));
+  m.impl("general_quantize_dynamic", TORCH_BOX(&fastflat::cuda::general_quantize_dynamic));
 }

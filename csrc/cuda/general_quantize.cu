@@ -5,6 +5,7 @@
 #include "cuda/map.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/storage.cuh"
+#include "math/block_scale.h"
 #include "math/convert.h"
 #include "math/general_quantize.h"
 
@@ -251,6 +252,40 @@ struct Tangent : Rule<X, drawn> {
   }
 };
 
+// The largest magnitude of the elements of a scale, as that scale.
+template <class C>
+struct BlockScale {
+  using Compute = C;
+  static constexpr int sums = 1;
+  GeneralGrid<C> grid;
+  int64_t rules;
+  const C* outer;
+  C* result;
+
+  BlockScale(const GeneralQuantizer& q, const void* outer_, void* scale)
+      : grid(GeneralGrid<C>::make(q.qmin, q.qmax, q.eps, 1.0, q.rules)),
+        rules(q.rules),
+        outer(static_cast<const C*>(outer_)),
+        result(static_cast<C*>(scale)) {}
+
+  __device__ __forceinline__ int group(int64_t) const { return 0; }
+
+  template <class T>
+  __device__ __forceinline__ static T combine(T a, T b) {
+    return larger_magnitude(a, b);
+  }
+
+  template <class X>
+  __device__ __forceinline__ void operator()(int, Sums<C, 1>& sum, X x) const {
+    sum.v[0] = combine(sum.v[0], C(std::fabs(load(x))));
+  }
+
+  __device__ __forceinline__ void finish(int64_t channel, const Sums<double, 1>& sum) const {
+    const C over = outer ? load_parameter(outer, 0) : C(1);
+    result[channel] = block_scale(static_cast<C>(sum.v[0]), over, grid.base.qmax, grid.format, rules);
+  }
+};
+
 // Calls f(Type<X>, Type<Y>, drawn) with the last as a constant.
 template <class F>
 cudaError_t with_kinds(Pair pair, const GeneralQuantizer& q, F&& f) {
@@ -346,6 +381,26 @@ ErrorCode launch_general_quantize_jvp(Pair pair, bool tangent_of_result, const G
     };
     return tangent_of_result ? run(result) : run(data);
   });
+}
+
+ErrorCode launch_general_quantize_scale(Pair pair, const Geometry& g, const GeneralQuantizer& quantizer,
+                                        const void* outer, const void* x, void* scale, void* workspace,
+                                        StreamHandle stream) {
+  return with_types(pair, [&](auto data, auto) {
+    using X = type_of<decltype(data)>;
+    return launch_reduce<pack_width<X>>(g, BlockScale<compute_t<X>>(quantizer, outer, scale), streams(input<X>(x)),
+                                        streams(), workspace, native(stream));
+  });
+}
+
+int64_t general_quantize_scale_workspace(Pair pair, const Geometry& g) {
+  int64_t bytes = 0;
+  with_types(pair, [&](auto data, auto) {
+    using X = type_of<decltype(data)>;
+    bytes = reduce_workspace<pack_width<X>, BlockScale<compute_t<X>>>(g);
+    return cudaSuccess;
+  });
+  return bytes;
 }
 
 }  // namespace fastflat::cuda

@@ -42,4 +42,11 @@ ErrorCode launch_general_quantize_jvp(Pair pair, bool tangent_of_result, const G
                                       const GeneralQuantizer& quantizer, const void* tx, const void* ts, const void* tz,
                                       const void* x, void* ty, StreamHandle stream);
 
+// Scales [channels] from the largest magnitudes of their elements by the rules scale_* (math/block_scale.h). `outer` is
+// a value in the compute type or null. Of the quantizer, scale is where they go.
+ErrorCode launch_general_quantize_scale(Pair pair, const Geometry& g, const GeneralQuantizer& quantizer,
+                                        const void* outer, const void* x, void* scale, void* workspace,
+                                        StreamHandle stream);
+int64_t general_quantize_scale_workspace(Pair pair, const Geometry& g);
+
 }  // namespace fastflat::cuda

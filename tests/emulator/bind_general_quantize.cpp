@@ -30,4 +30,9 @@ FASTFLAT_BIND(general_quantize, m) {
                                    Address ts, Address tz, Address x, Address y, Address stream) {
     return launch_general_quantize_jvp(pair, of_result, g, q, at(tx), at(ts), at(tz), at(x), at(y), at(stream));
   });
+  m.def("general_quantize_scale", [](Pair pair, const Geometry& g, const GeneralQuantizer& q, Address outer, Address x,
+                                     Address scale, Address workspace, Address stream) {
+    return launch_general_quantize_scale(pair, g, q, at(outer), at(x), at(scale), at(workspace), at(stream));
+  });
+  m.def("general_quantize_scale_workspace", &general_quantize_scale_workspace);
 }

@@ -215,6 +215,21 @@ class Emulated:
         self._check(self.module.general_quantize_jvp(pair, of_result, g, q, *pointers, STREAM))
         return ty
 
+    def general_quantize_dynamic(
+        self, x, state, nu, a, outer, qmin, qmax, axis, group, eps, rules, dtype=None
+    ) -> tuple[Tensor, Tensor]:
+        m = self.module
+        scale = poison(torch.empty(scale_shape(x.shape, axis, group), dtype=compute_dtype(x.dtype)))
+        y = poisoned(x, dtype or x.dtype)
+        q = self._general(scale, None, state, nu, a, None, qmin, qmax, eps, 1.0, rules)
+        pair, g = self._pair(x, y), self.geometry(x, axis, group)
+        work = poison(torch.empty(m.general_quantize_scale_workspace(pair, g), dtype=torch.uint8))
+        over = 0 if outer is None else outer.data_ptr()
+        pointers = (over, x.data_ptr(), scale.data_ptr(), work.data_ptr())
+        self._check(m.general_quantize_scale(pair, g, q, *pointers, STREAM))
+        self._check(m.general_quantize(pair, g, q, x.data_ptr(), y.data_ptr(), STREAM))
+        return y, scale
+
     def _general(self, scale, zero_point, state, nu, a, delta, *rest):
         pointers = [0 if t is None else t.data_ptr() for t in (scale, zero_point, state, nu, a, delta)]
         return self.module.GeneralQuantizer(*pointers, *rest)

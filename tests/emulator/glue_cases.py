@@ -168,6 +168,10 @@ def compare_general(x, axis, group, result, rules):
         for tangents in ((gy, ts, None), (gy.to(x.dtype), None, ts), (None, ts, ts)):
             args = (*tangents, x, scale, zero, *drawn, *rest, 0.5, result)
             same(call("general_quantize_jvp", *args), reference.general_quantize_jvp(*args))
+    for name, outer in (("scale_floor", None), ("scale_e4m3", nu)):
+        args = (x, *drawn, outer, 0, 0, *rest[2:5], rules | RULES["e2m1"] | RULES[name], result)
+        for got, want in zip(call("general_quantize_dynamic", *args), reference.general_quantize_dynamic(*args)):
+            same(got, want)
 
 
 def refused(text, name, *args):

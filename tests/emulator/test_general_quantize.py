@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 
-from fastflat._spec import MINIFLOATS, RULES
+from fastflat._ops import compute_dtype
+from fastflat._spec import MINIFLOATS, RULES, TINY
 from fastflat.backends import reference
 from fastflat.backends.reference import _noise
 from fastflat.backends.reference.layout import blocked, broadcast
@@ -235,3 +236,23 @@ def test_the_draw_of_an_element_is_that_of_its_storage_offset(emulated, dtype, r
     else:
         expected = (x.to(one.dtype) + _noise.normal(STATE, n).to(one.dtype)).to(dtype)
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("rule", ["absmax", "floor", "ceil", "even", "rceil", "e4m3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_dynamic_scales(emulated, rule, dtype):
+    outer = torch.tensor(0.01, dtype=compute_dtype(dtype)) if rule == "e4m3" else None
+    places = {
+        "e2m1": Layout((6, 96), group=32),
+        "e4m3": Layout((3, 2049), axis=0),
+        "e5m2": Layout((2, 6, 5, 5), axis=1),
+        "e3m2": Layout((16385,)),
+        "e2m3": Layout((0, 32), group=16),
+    }
+    for name, layout in places.items():
+        x = data(layout, dtype, 3)
+        rules = RULES[name] | (RULES[f"scale_{rule}"] if rule != "absmax" else 0)
+        call = (x, None, None, None, outer, 0, 0, layout.axis, layout.group, TINY, rules)
+        expected = reference.general_quantize_dynamic(*call)
+        for got, want in zip(emulated.general_quantize_dynamic(*call), expected, strict=True):
+            assert same_bits(got, want)
