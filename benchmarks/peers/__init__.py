@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cases import Data
-from . import bitplanes, builtin, compiled, eager, floor, libraries, ours
+from . import bitplanes, builtin, compiled, eager, floor, libraries, lists, ours
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -30,6 +30,7 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
         "torchao": libraries.torchao,
         "brevitas": libraries.brevitas,
     },
+    "fake_quantize_list": {"mul": floor.mul, "fastflat": lists.fused, "each": lists.each, "eager": lists.composed},
     "general_quantize": {
         "mul": floor.mul,
         "fastflat": ours.fake_quantize,

@@ -106,6 +106,15 @@ class Emulated:
         )
         return gx, gs, gz
 
+    def fake_quantize_list(self, xs, scales, zero_points, *grids) -> list[Tensor]:
+        dtype = grids[6] if len(grids) > 6 else None
+        calls = zip(xs, scales, zero_points or [None] * len(xs), *grids[:6], strict=True)
+        return [self.fake_quantize(*call, dtype) for call in calls]
+
+    def fake_quantize_list_bwd(self, gys, xs, scales, zero_points, *grids) -> tuple[list[Tensor], ...]:
+        calls = zip(gys, xs, scales, zero_points or [None] * len(xs), *grids, strict=True)
+        return tuple(map(list, zip(*(self.fake_quantize_bwd(*call) for call in calls), strict=True)))
+
     def fake_quantize_jvp(
         self, tx, ts, tz, x, scale, zero_point, qmin, qmax, axis, group, eps, rules, factor, dtype=None
     ) -> Tensor:

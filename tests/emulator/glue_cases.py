@@ -59,7 +59,8 @@ def call(name, *args):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastflat::{name}", "CPU"), name
     result = _ops.overload(name)(*args)
     assert SYMBOLS.fastflat_test_guards() == 0
-    assert args[0] is None or args[0].numel() == 0 or SYMBOLS.fastflat_test_on_current_stream()
+    first = args[0][0] if isinstance(args[0], list) else args[0]
+    assert first is None or first.numel() == 0 or SYMBOLS.fastflat_test_on_current_stream()
     compared += 1
     return result
 
@@ -174,6 +175,36 @@ def compare_general(x, axis, group, result, rules):
             same(got, want)
 
 
+def compare_lists():
+    """All types and layouts in one list, against the ops for one tensor."""
+    xs, scales, zeros, gys, axes = [], [], [], [], []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for i, (x, axis) in enumerate(layouts(dtype)):
+            shape = _ops.scale_shape(x.shape, axis, 0)
+            scales.append(torch.rand(shape, dtype=_ops.compute_dtype(dtype)) + 0.2)
+            zeros.append(torch.randn_like(scales[-1]) * 3 if i % 2 else None)
+            gys.append(randn(*reversed(x.shape), dtype=dtype).permute(*reversed(range(x.dim()))))
+            xs.append(x)
+            axes.append(axis)
+    count = len(xs)
+    grids = ([-8] * count, [7] * count, axes, [0] * count, [TINY] * count, [0] * count)
+    for of_zero in (zeros, []):
+        calls = list(zip(xs, scales, of_zero or [None] * count, *grids, strict=True))
+        for got, args in zip(call("fake_quantize_list", xs, scales, of_zero, *grids), calls, strict=True):
+            same(got, reference.fake_quantize(*args))
+        for needs in ([1] * count, [i % 2 for i in range(count)], [0] * count):
+            rest = (xs, scales, of_zero, *grids, [0.5] * count, needs)
+            gxs, gss, gzs = call("fake_quantize_list_bwd", gys, *rest)
+            assert (len(gss), len(gzs)) == (count if any(needs) else 0, count if any(needs) and of_zero else 0)
+            for i, args in enumerate(calls):
+                gx, gs, gz = _ops.overload("fake_quantize_bwd")(gys[i], *args, 0.5, bool(needs[i]))
+                same(gxs[i], gx)
+                if gss:
+                    same(gss[i], gs)
+                if gzs:
+                    same(gzs[i], gz)
+
+
 def refused(text, name, *args):
     message = None
     try:
@@ -203,6 +234,7 @@ for dtype, result in [*PAIRS, (torch.float32, torch.bfloat16), (torch.float32, t
 for pair in [*PAIRS, (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]:
     bitplanes(pair)
 
+compare_lists()
 x, one = randn(4, 6), torch.ones(())
 grid = (-8, 7, -1, 0, TINY, 0)
 refused("scale must have 4 values", "fake_quantize", x, torch.ones(3), None, -8, 7, 0, 0, TINY, 0)
@@ -211,6 +243,9 @@ refused("x must be float32, bfloat16", "fake_quantize", x.int(), one, None, *gri
 refused("group must divide", "fake_quantize", x, one, None, -8, 7, -1, 4, TINY, 0)
 refused("gy must have the shape of x", "fake_quantize_bwd", x[1:], x, one, None, *grid, 1.0, True)
 refused("tx must have the dtype", "fake_quantize_jvp", x.half(), None, None, x, one, None, *grid, 1.0)
+lists = ([x, x], [one, one], [], [-8] * 2, [7] * 2, [-1] * 2, [0] * 2, [TINY] * 2, [0] * 2)
+refused("all lists must be as long as xs, 2", "fake_quantize_list", *lists[:1], [one], *lists[2:])
+refused("scale must be float32", "fake_quantize_list", *lists[:1], [one, one.double()], *lists[2:])
 general = (x, one, None, None, None, None, -8, 7, -1, 0, TINY)
 refused("state must be given", "general_quantize", *general, RULES["noise_bypass"])
 refused("only where x has 16 bits", "general_quantize", *general, RULES["compute_input"])

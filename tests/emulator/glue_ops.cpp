@@ -9,6 +9,7 @@
 #define CUDA CPU
 #include "cuda/bitplane.cpp"
 #include "cuda/fake_quantize.cpp"
+#include "cuda/fake_quantize_list.cpp"
 #include "cuda/general_quantize.cpp"
 #include "cuda/identity.cpp"
 #include "cuda/mixquant.cpp"
