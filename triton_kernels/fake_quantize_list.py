@@ -31,7 +31,7 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.int16, torch.float16: tl
 def _pointer(row, COLUMN: tl.constexpr, TYPE: tl.constexpr):
     """A column of a row of the table as a pointer; all storage starts on 16 bytes."""
     address = tl.load(row + COLUMN)
-    return tl.multiple_of(address, 16).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16)
 
 
 @triton.jit
