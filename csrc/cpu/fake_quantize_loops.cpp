@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/fake_quantize.h"
 
@@ -268,21 +269,15 @@ void fake_quantize_backward_channels(const FakeQuantizeCall& call, int64_t begin
   });
 }
 
-// Largest magnitude of n elements and `so_far`; any order gives the same, and NaN wins.
+// Largest magnitude of n elements and `so_far`; any order gives the same, and NaN wins. Magnitudes are compared as the
+// integers of their bits, which have the same order with NaN above all: compilers vectorise such a maximum.
 template <class X>
 FASTFLAT_HD double absmax_run(const X* __restrict x, int64_t n, double so_far) {
   using C = compute_t<X>;
-  constexpr int width = 16;  // one vector: groups are as short as that
-  alignas(64) C lane[width] = {};
-  int64_t i = 0;
-  for (; i + width <= n; i += width) {
-    for (int l = 0; l < width; ++l) lane[l] = larger_magnitude<C>(lane[l], std::fabs(load(x[i + l])));
-  }
-  for (int l = 0; l < n - i; ++l) lane[l] = larger_magnitude<C>(lane[l], std::fabs(load(x[i + l])));
-  for (int half = width / 2; half; half /= 2) {
-    for (int l = 0; l < half; ++l) lane[l] = larger_magnitude<C>(lane[l], lane[l + half]);
-  }
-  return larger_magnitude<double>(so_far, static_cast<double>(lane[0]));
+  using Bits = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
+  Bits largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, bit_cast<Bits>(static_cast<C>(std::fabs(load(x[i])))));
+  return larger_magnitude<double>(so_far, static_cast<double>(bit_cast<C>(largest)));
 }
 
 template <class X>

@@ -37,6 +37,9 @@ struct Groups {
   }
 };
 
+// Shorter runs of one scale are walked with the parameters of each element.
+constexpr int64_t least_run = 16;
+
 template <class C>
 struct Shares {
   alignas(64) C scale[block], outside[block], delta[block];
@@ -51,9 +54,10 @@ struct Kind {
   void (*group)(const GeneralGrid<C>&, const GeneralQuantizeCall&, const C* scale, const C* zero, int64_t n,
                 Groups<C>&);
   void (*forward)(const Walk<C>&, const C* x, const C* xi, int64_t n, C* y);
-  void (*backward)(const Walk<C>&, const C* gy, const C* x, const C* xi, int64_t n, C* gx, Shares<C>&);
+  void (*backward)(const Walk<C>&, const C* gy, const C* x, const C* xi, int64_t n, C* gx, Shares<C>&, int64_t first);
   // The same without the shares of zero-point and delta, for delta = 0.
-  void (*backward_scale)(const Walk<C>&, const C* gy, const C* x, const C* xi, int64_t n, C* gx, Shares<C>&);
+  void (*backward_scale)(const Walk<C>&, const C* gy, const C* x, const C* xi, int64_t n, C* gx, Shares<C>&,
+                         int64_t first);
   void (*tangent)(const Walk<C>&, const C* tx, const C* x, const C* xi, int64_t n, C* ty);
 };
 
@@ -67,7 +71,7 @@ struct Walk {
   const NoiseScale<C> scalars;
   const PhiloxState state;
   const bool normal;
-  int64_t filled_channel = -1, filled = 0;
+  int64_t met = -1;  // the scale whose parameters are at hand
   Groups<C> groups;
   alignas(64) float draws[block + 8];
   alignas(64) C xi_buffer[block];
@@ -87,35 +91,44 @@ struct Walk {
     std::fill_n(groups.tz, block, C(0));
   }
 
-  // Fills the parameters of the elements [i, i + n).
-  void meet(int64_t i, int64_t n) {
-    const auto* s = static_cast<const C*>(call.scale);
-    const auto* z = static_cast<const C*>(call.zero_point);
-    const auto* ts = static_cast<const C*>(call.ts);
-    const auto* tz = static_cast<const C*>(call.tz);
-    const int64_t run = i / geometry.inner;
-    if (geometry.channels == 1 || (run + 1) * geometry.inner >= i + n) {
-      const int64_t c = run % geometry.channels;
-      groups.uniform = true;
-      if (c == filled_channel && n <= filled) return;
-      // As much as may follow of this run, so that its next blocks find it.
-      const int64_t count = geometry.channels == 1 ? block : std::min(block, geometry.inner);
-      std::fill_n(scale, count, s[c]);
-      if (z) std::fill_n(zero, count, z[c]);
-      if (ts) std::fill_n(groups.ts, count, ts[c]);
-      if (tz) std::fill_n(groups.tz, count, tz[c]);
-      kind.group(grid, call, scale, z ? zero : nullptr, count, groups);
-      filled_channel = c;
-      filled = count;
-      return;
+  // Calls piece(offset, count) for each run of one scale in [i, i + n) with its parameters met. Short runs are one
+  // piece with parameters an element.
+  template <class Piece>
+  FASTFLAT_HD void pieces(int64_t i, int64_t n, const Piece& piece) {
+    if (geometry.channels > 1 && geometry.inner < least_run) {
+      meet_elements(i, n);
+      return piece(0, n);
     }
-    spread(geometry, s, i, n, scale);
-    if (z) spread(geometry, z, i, n, zero);
-    if (ts) spread(geometry, ts, i, n, groups.ts);
-    if (tz) spread(geometry, tz, i, n, groups.tz);
-    kind.group(grid, call, scale, z ? zero : nullptr, n, groups);
+    for (int64_t done = 0; done < n;) {
+      const int64_t run = (i + done) / geometry.inner;
+      const int64_t count = std::min(n - done, (run + 1) * geometry.inner - (i + done));
+      meet_run(run % geometry.channels);
+      piece(done, count);
+      done += count;
+    }
+  }
+
+  // All elements share the parameters of scale c.
+  void meet_run(int64_t c) {
+    groups.uniform = true;
+    if (c == met) return;
+    met = c;
+    const auto* z = static_cast<const C*>(call.zero_point);
+    kind.group(grid, call, static_cast<const C*>(call.scale) + c, z ? z + c : nullptr, 1, groups);
+    if (call.ts) groups.ts[0] = static_cast<const C*>(call.ts)[c];
+    if (call.tz) groups.tz[0] = static_cast<const C*>(call.tz)[c];
+  }
+
+  // The elements [i, i + n) have parameters each.
+  void meet_elements(int64_t i, int64_t n) {
     groups.uniform = false;
-    filled_channel = -1;
+    met = -1;
+    const auto* z = static_cast<const C*>(call.zero_point);
+    spread(geometry, static_cast<const C*>(call.scale), i, n, scale);
+    if (z) spread(geometry, z, i, n, zero);
+    if (call.ts) spread(geometry, static_cast<const C*>(call.ts), i, n, groups.ts);
+    if (call.tz) spread(geometry, static_cast<const C*>(call.tz), i, n, groups.tz);
+    kind.group(grid, call, scale, z ? zero : nullptr, n, groups);
   }
 
   // The draws of the elements [i, i + n); anything where the rules draw nothing.
@@ -210,7 +223,8 @@ struct Rule {
   }
 
   template <bool all>
-  static void backward(const Walk<C>& walk, const C* gy, const C* x, const C* xi, int64_t n, C* gx, Shares<C>& to) {
+  static void backward(const Walk<C>& walk, const C* gy, const C* x, const C* xi, int64_t n, C* gx, Shares<C>& to,
+                       int64_t first) {
     const GeneralGrid<C> grid = walk.grid;
     const Precision precision = precision_of<C, Precision>(walk.call);
     // Without the other shares there is no delta either: known here, it costs nothing.
@@ -219,25 +233,32 @@ struct Rule {
       const GeneralGroup<C> g = walk.groups.at(0);
       backward_loop<all>(
           grid, precision, walk.scalars, delta, gy, x, xi, n, [g](int64_t) __attribute__((always_inline)) { return g; },
-          gx, to.scale, to.outside, to.delta);
+          gx, to.scale + first, to.outside + first, to.delta + first);
     } else {
       const Groups<C>& g = walk.groups;
       backward_loop<all>(
           grid, precision, walk.scalars, delta, gy, x, xi, n,
-          [&g](int64_t i) __attribute__((always_inline)) { return g.at(i); }, gx, to.scale, to.outside, to.delta);
+          [&g](int64_t i) __attribute__((always_inline)) { return g.at(i); }, gx, to.scale + first, to.outside + first,
+          to.delta + first);
     }
   }
 
   static void tangent(const Walk<C>& walk, const C* __restrict tx, const C* __restrict x, const C* __restrict xi,
                       int64_t n, C* __restrict ty) {
     const GeneralGrid<C> grid = walk.grid;
-    const Groups<C>& g = walk.groups;
+    const Groups<C>& groups = walk.groups;
     const NoiseScale<C> scalars = walk.scalars;
     const Precision precision = precision_of<C, Precision>(walk.call);
-    for (int64_t i = 0; i < n; ++i) {
-      const auto group = g.at(i);
-      const auto c = grid.code(x[i], xi[i], group, scalars, floats, noise, precision);
-      ty[i] = grid.tangent(tx[i], g.ts[i], g.tz[i], c, group);
+    const auto element = [&](int64_t i, const GeneralGroup<C>& g, C ts, C tz) __attribute__((always_inline)) {
+      const auto c = grid.code(x[i], xi[i], g, scalars, floats, noise, precision);
+      ty[i] = grid.tangent(tx[i], ts, tz, c, g);
+    };
+    if (groups.uniform) {
+      const GeneralGroup<C> g = groups.at(0);
+      const C ts = groups.ts[0], tz = groups.tz[0];
+      for (int64_t i = 0; i < n; ++i) element(i, g, ts, tz);
+    } else {
+      for (int64_t i = 0; i < n; ++i) element(i, groups.at(i), groups.ts[i], groups.tz[i]);
     }
   }
 
@@ -307,8 +328,10 @@ void general_quantize_forward(const GeneralQuantizeCall& call, int64_t begin, in
     const int64_t n = std::min(block, end - i);
     Y* to = static_cast<Y*>(call.out) + i;
     C* result = target<C>(to, y);
-    walk.meet(i, n);
-    walk.kind.forward(walk, widened<C>(static_cast<const X*>(call.x) + i, n, x), walk.draw(i, n), n, result);
+    const C* data = widened<C>(static_cast<const X*>(call.x) + i, n, x);
+    const C* xi = walk.draw(i, n);
+    walk.pieces(i, n,
+                [&](int64_t at, int64_t count) { walk.kind.forward(walk, data + at, xi + at, count, result + at); });
     narrowed(result, n, to);
   }
 }
@@ -321,8 +344,12 @@ void backward_block(Walk<C>& walk, int64_t i, int64_t n, bool all, Shares<C>& sh
   X* to = static_cast<X*>(call.out) + i;
   C* result = target<C>(to, gx);
   const auto rule = all ? walk.kind.backward : walk.kind.backward_scale;
-  rule(walk, widened<C>(static_cast<const Y*>(call.in) + i, n, gy), widened<C>(static_cast<const X*>(call.x) + i, n, x),
-       walk.draw(i, n), n, result, shares);
+  const C* cotangent = widened<C>(static_cast<const Y*>(call.in) + i, n, gy);
+  const C* data = widened<C>(static_cast<const X*>(call.x) + i, n, x);
+  const C* xi = walk.draw(i, n);
+  walk.pieces(i, n, [&](int64_t at, int64_t count) {
+    rule(walk, cotangent + at, data + at, xi + at, count, result + at, shares, at);
+  });
   narrowed(result, n, to);
 }
 
@@ -333,7 +360,6 @@ void general_quantize_backward(const GeneralQuantizeCall& call, int64_t begin, i
   Shares<C> shares;
   for (int64_t i = begin; i < end; i += block) {
     const int64_t n = std::min(block, end - i);
-    walk.meet(i, n);
     backward_block<X, Y>(walk, i, n, call.delta != 0, shares);
   }
 }
@@ -349,7 +375,6 @@ void backward_run(Walk<C>& walk, int64_t begin, int64_t n, bool all, double* sum
     alignas(64) C lane[3][lanes] = {};
     for (int64_t i = start; i < stop; i += block) {
       const int64_t count = std::min(block, stop - i);
-      walk.meet(begin + i, count);
       backward_block<X, Y>(walk, begin + i, count, all, shares);
       add_lanes(shares.scale, count, lane[0]);
       if (all) add_lanes(shares.outside, count, lane[1]);
@@ -378,7 +403,6 @@ void general_quantize_backward_range(const GeneralQuantizeCall& call, int64_t be
   alignas(64) C sum[3][block];
   for (int64_t column = 0; column < row; column += block) {
     const int64_t n = std::min(block, row - column);
-    walk.meet(column, n);
     for (int64_t start = begin; start < end; start += row * (flush / lanes)) {
       const int64_t stop = std::min(end, start + row * (flush / lanes));
       for (auto& s : sum) std::fill_n(s, n, C(0));
@@ -408,7 +432,6 @@ void general_quantize_backward_channels(const GeneralQuantizeCall& call, int64_t
   const int64_t per_block = block / inner;
   for (int64_t c = begin; c < end; c += per_block) {
     const int64_t channels = std::min(per_block, end - c), i = c * inner;
-    walk.meet(i, channels * inner);
     backward_block<X, Y>(walk, i, channels * inner, all, shares);
     for (int64_t k = 0; k < channels; ++k) {
       double* to = sums + 3 * (c + k);
@@ -429,8 +452,11 @@ void general_quantize_tangent(const GeneralQuantizeCall& call, int64_t begin, in
     Y* to = static_cast<Y*>(call.out) + i;
     C* result = target<C>(to, ty);
     const C* tangent = call.in ? widened<C>(static_cast<const T*>(call.in) + i, n, tx) : tx;
-    walk.meet(i, n);
-    walk.kind.tangent(walk, tangent, widened<C>(static_cast<const X*>(call.x) + i, n, x), walk.draw(i, n), n, result);
+    const C* data = widened<C>(static_cast<const X*>(call.x) + i, n, x);
+    const C* xi = walk.draw(i, n);
+    walk.pieces(i, n, [&](int64_t at, int64_t count) {
+      walk.kind.tangent(walk, tangent + at, data + at, xi + at, count, result + at);
+    });
     narrowed(result, n, to);
   }
 }
