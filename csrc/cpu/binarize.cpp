@@ -5,6 +5,7 @@
 #include <functional>
 
 #include "core/checks.h"
+#include "core/expand.h"
 #include "core/storage.h"
 #include "core/tensor.h"
 #include "cpu/threads.h"
@@ -23,26 +24,11 @@ BinarizeCall describe(const Tensor& x, double clip, int64_t axis, int64_t group)
   return call;
 }
 
-// The importance, an element for each of x in its layout: itself, or one copy.
+// The importance, an element for each of x in its layout.
 std::optional<Tensor> importance(const char* op, const std::optional<Tensor>& h, const Tensor& x, BinarizeCall& call) {
   if (!h) return h;
-  STD_TORCH_CHECK(h->scalar_type() == compute_type(x.scalar_type()), "fastflat::", op,
-                  ": h must be float32 (float64 for float64 x)");
-  STD_TORCH_CHECK(h->device() == x.device(), "fastflat::", op, ": h must be on the device of x");
-  bool same = h->dim() == x.dim(), fits = same;
-  for (int64_t d = 0; fits && d < x.dim(); ++d) {
-    same &= h->size(d) == x.size(d);
-    fits = h->size(d) == x.size(d) || h->size(d) == 1;
-  }
-  STD_TORCH_CHECK(fits, "fastflat::", op, ": h must have the axes of x, each of its size or of size 1");
-  std::optional<Tensor> full;
-  if (same) {
-    full = in_layout_of(*h, x);
-  } else {
-    full = empty_like(x, h->scalar_type());
-    torch::stable::copy_(*full, *h);
-  }
-  call.h = full->const_data_ptr();
+  const Tensor full = expanded(op, "h", *h, x);
+  call.h = full.const_data_ptr();
   return full;
 }
 
