@@ -243,6 +243,72 @@ class Emulated:
         pointers = [0 if t is None else t.data_ptr() for t in (scale, zero_point, state, nu, a, delta)]
         return self.module.GeneralQuantizer(*pointers, *rest)
 
+    def liq_moments(self, w, axis) -> tuple[Tensor, Tensor]:
+        m, pair, g = self.module, self._pair(w, w), self.geometry(w, axis, 0)
+        shape, compute = scale_shape(w.shape, axis, 0), compute_dtype(w.dtype)
+        mean, std = (poison(torch.empty(shape, dtype=compute)) for _ in range(2))
+        work = poison(torch.empty(m.liq_moments_workspace(pair, g), dtype=torch.uint8))
+        addresses = (t.data_ptr() for t in (w, mean, std, work))
+        self._check(m.liq_moments(pair, g, *addresses, STREAM))
+        return mean, std
+
+    def liq(self, w, mean, std, clip, levels, axis, eps, dtype=None) -> Tensor:
+        y = poisoned(w, dtype or w.dtype)
+        point, g = self._liq_point(mean, std, clip, levels, eps), self.geometry(w, axis, 0)
+        self._check(self.module.liq(self._pair(w, y), g, point, w.data_ptr(), y.data_ptr(), STREAM))
+        return y
+
+    def liq_bwd(self, gy, w, mean, std, clip, levels, axis, eps) -> tuple[Tensor, Tensor]:
+        m, pair, g = self.module, self._pair(w, gy), self.geometry(w, axis, 0)
+        gw, gclip = poisoned(w, w.dtype), poison(clip.new_empty(()))
+        work = poison(torch.empty(m.liq_bwd_workspace(pair, g), dtype=torch.uint8))
+        point = self._liq_point(mean, std, clip, levels, eps)
+        addresses = (t.data_ptr() for t in (gy, w, gw, gclip, work))
+        self._check(m.liq_bwd(pair, g, point, *addresses, STREAM))
+        return gw, gclip
+
+    def liq_jvp(self, tw, tclip, w, mean, std, clip, levels, axis, eps, dtype=None) -> Tensor:
+        ty = poisoned(w, dtype or w.dtype)
+        point, g = self._liq_point(mean, std, clip, levels, eps), self.geometry(w, axis, 0)
+        addresses = (0 if t is None else t.data_ptr() for t in (tw, tclip, w, ty))
+        self._check(self.module.liq_jvp(self._pair(w, ty), g, point, *addresses, STREAM))
+        return ty
+
+    def _liq_point(self, mean, std, clip, levels, eps):
+        return self.module.LiqPoint(mean.data_ptr(), std.data_ptr(), clip.data_ptr(), levels, eps)
+
+    def binarize(self, x, h, axis, group, dtype=None) -> tuple[Tensor, Tensor]:
+        pair, g, h = self._pair(x, x), self.geometry(x, axis, group), expanded(h, x)
+        alpha = self._quotients("alpha", pair, g, h, x, axis, group, x)
+        y = poisoned(x, dtype or x.dtype)
+        addresses = (t.data_ptr() for t in (x, alpha, y))
+        self._check(self.module.binarize(self._pair(x, y), g, *addresses, STREAM))
+        return y, alpha
+
+    def binarize_bwd(self, gy, ga, x, h, alpha, clip, through_alpha, axis, group) -> Tensor:
+        pair, g, h, k = self._pair(x, gy), self.geometry(x, axis, group), expanded(h, x), None
+        if through_alpha or ga is not None:
+            k = self._quotients("k", pair, g, h, x, axis, group, gy if through_alpha else None, ga, x)
+        gx = poisoned(x, x.dtype)
+        addresses = (0 if t is None else t.data_ptr() for t in (gy, x, h, alpha, k, gx))
+        self._check(self.module.binarize_gx(pair, g, clip, *addresses, STREAM))
+        return gx
+
+    def binarize_jvp(self, tx, x, h, alpha, clip, through_alpha, axis, group, dtype=None) -> tuple[Tensor, Tensor]:
+        pair, g, h = self._pair(x, x), self.geometry(x, axis, group), expanded(h, x)
+        ta = self._quotients("ta", pair, g, h, x, axis, group, tx, x)
+        ty = poisoned(x, dtype or x.dtype)
+        addresses = (0 if t is None else t.data_ptr() for t in (tx, x, alpha, ta if through_alpha else None, ty))
+        self._check(self.module.binarize_ty(self._pair(x, ty), g, clip, *addresses, STREAM))
+        return ty, ta
+
+    def _quotients(self, which, pair, g, h, x, axis, group, *inputs) -> Tensor:
+        result = poison(torch.empty(scale_shape(x.shape, axis, group), dtype=compute_dtype(x.dtype)))
+        work = poison(torch.empty(self.module.binarize_workspace(pair, g, h is not None), dtype=torch.uint8))
+        addresses = (0 if t is None else t.data_ptr() for t in (*inputs, h, result, work))
+        self._check(getattr(self.module, f"binarize_{which}")(pair, g, *addresses, STREAM))
+        return result
+
     def _pair(self, x: Tensor, y: Tensor):
         return getattr(self.module.Pair, PAIRS[x.dtype, y.dtype])
 
@@ -266,3 +332,8 @@ def poison(t: Tensor) -> Tensor:
 
 def poisoned(like: Tensor, dtype: torch.dtype) -> Tensor:
     return poison(torch.empty_like(like, dtype=dtype))
+
+
+def expanded(t: Tensor | None, like: Tensor) -> Tensor | None:
+    """t with an element for each of `like`, in its layout."""
+    return None if t is None else torch.empty_like(like, dtype=t.dtype).copy_(t)
