@@ -53,6 +53,12 @@ def close(got, want):
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+def nearly(got, want):
+    """Elements that follow from a sum: equal but for its error, after rounding to their type."""
+    assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride())
+    assert torch.allclose(got, want, rtol=1e-4 + torch.finfo(want.dtype).eps, atol=1e-4)
+
+
 def call(name, *args):
     global compared
     # Else the op would fall back to the reference and be compared with itself.
@@ -135,6 +141,52 @@ def bitplanes(pair):
         close(got[3], want[3])
         for tangents in ((q, None, m, None), (None, p, None, scale)):
             same(call("bitplane_jvp", *tangents, *args, result), reference.bitplane_jvp(*tangents, *args, result))
+
+
+def compare_binarized(x, axis, group, result):
+    compute = _ops.compute_dtype(x.dtype)
+    ga = torch.randn(_ops.scale_shape(x.shape, axis, group), dtype=compute)
+    if ga.dim() == 2:
+        ga = ga.t().contiguous().t()
+    gy = randn(*reversed(x.shape), dtype=result).permute(*reversed(range(x.dim())))
+    tx = gy.to(x.dtype)
+    full = torch.rand_like(x, dtype=compute)
+    shared = torch.rand([1 if d == axis else n for d, n in enumerate(x.shape)], dtype=compute)
+    for h in (None, full, torch.stack([full, full], -1)[..., 0], shared):
+        (y, alpha), (wanted_y, wanted) = (
+            call("binarize", x, h, axis, group, result),
+            reference.binarize(x, h, axis, group, result),
+        )
+        close(alpha, wanted)
+        nearly(y, wanted_y)
+        rule = (0.8, False, axis, group)
+        args = (gy, None, x, h, wanted, *rule)
+        same(call("binarize_bwd", *args), reference.binarize_bwd(*args))
+        for through, cotangent in ((True, None), (True, ga), (False, ga)):
+            rule = (0.8, through, axis, group)
+            args = (gy, cotangent, x, h, wanted, *rule)
+            nearly(call("binarize_bwd", *args), reference.binarize_bwd(*args))
+            args = (tx, x, h, wanted, *rule, result)
+            for got, want in zip(call("binarize_jvp", *args), reference.binarize_jvp(*args)):
+                nearly(got, want)
+
+
+def compare_normalised(w, axis, result):
+    compute = _ops.compute_dtype(w.dtype)
+    moments = call("liq_moments", w, axis)
+    for got, want in zip(moments, reference.liq_moments(w, axis)):
+        close(got, want)
+    if axis >= 0:
+        moments = [torch.stack([t, t], -1)[:, 0] for t in moments]  # gaps
+    clip = torch.tensor(1.4, dtype=compute)
+    point = (w, *moments, clip, 15, axis, TINY)
+    same(call("liq", *point, result), reference.liq(*point, result))
+    gy = randn(*reversed(w.shape), dtype=result).permute(*reversed(range(w.dim())))
+    got, want = call("liq_bwd", gy, *point), reference.liq_bwd(gy, *point)
+    same(got[0], want[0])
+    close(got[1], want[1])
+    for tangents in ((gy.to(w.dtype), clip), (gy.to(w.dtype), None), (None, clip)):
+        same(call("liq_jvp", *tangents, *point, result), reference.liq_jvp(*tangents, *point, result))
 
 
 #: Of general_quantize: no draws, uniform ones, normal ones.
@@ -224,11 +276,15 @@ for dtype, result in [*PAIRS, (torch.float32, torch.bfloat16), (torch.float32, t
         compare(x, axis, 0, result)
         compare(x, -1, 0, result)
         compare_mixed(x, axis, 0, result)
+        compare_normalised(x, axis, result)
+        compare_normalised(x, -1, result)
         calls += 1
+        compare_binarized(x, (axis, -1)[calls % 2], 0, result)
         compare_general(x, (axis, -1)[calls % 2], 0, result, RULE_SETS[calls % len(RULE_SETS)])
         if x.shape[-1] % 3 == 0 and x.numel():
             compare(x, -1, 3, result)
             compare_mixed(x, -1, 3, result)
+            compare_binarized(x, -1, 3, result)
             compare_general(x, -1, 3, result, RULE_SETS[calls % len(RULE_SETS)])
 
 for pair in [*PAIRS, (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]:
@@ -254,6 +310,16 @@ refused("contiguous int64 tensor of 2", "general_quantize", x, one, None, words,
 refused("nu must have 1 values", "general_quantize", x, one, None, None, words.float(), *general[5:], 0)
 nine = torch.ones(9)
 refused("from 1 to 8 candidates", "mixquant", x, nine, nine, nine, nine, -1, 0, TINY, 0)
+refused("h must have the axes of x", "binarize", x, x[:2], -1, 0)
+refused("h must be float32", "binarize", x, x.double(), -1, 0)
+refused("alpha must have 1 values", "binarize_bwd", x, None, x, None, nine, 1.0, True, -1, 0)
+refused("ga must have 1 values", "binarize_bwd", x, nine, x, None, one, 1.0, True, -1, 0)
+refused("tx must have the dtype of x", "binarize_jvp", x.half(), x, None, one, 1.0, True, -1, 0)
+refused("std must have 4 values", "liq", x, torch.ones(4), one, one, 15, 0, TINY)
+refused("clip must be float32", "liq", x, one, one, one.double(), 15, -1, TINY)
+refused("gy must have the shape of x", "liq_bwd", x[1:], x, one, one, one, 15, -1, TINY)
+refused("tw must have the dtype of w", "liq_jvp", x.half(), None, x, one, one, one, 15, -1, TINY)
+refused("axis must be less than 2", "liq_moments", x, 2)
 refused("q must have the shape of p", "bitplane", x, x[1:], torch.ones(4), one, one, False, False)
 refused("m must have 4 values", "bitplane", x, x, torch.ones(3), one, one, False, False)
 refused("gw must have the shape of a plane", "bitplane_bwd", x, x, x, torch.ones(4), one, one, False, False)
