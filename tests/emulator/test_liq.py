@@ -12,12 +12,13 @@ from fastflat.backends import reference
 from .cases import LAYOUTS, PAIRS, Layout, data, same_bits
 
 EPS = 1e-8
-WITHOUT_GROUPS = [layout for layout in LAYOUTS if not layout.group]
-# Every layout with three of the six storage pairs; the levels walk along.
+# The last has more channels than one team sums.
+WITHOUT_GROUPS = [*(layout for layout in LAYOUTS if not layout.group), Layout((2, 10001), axis=1)]
+# Every layout with two of the six storage pairs; the levels walk along.
 CASES = [
-    pytest.param(layout, PAIRS[(2 * k + j) % 6], 2 ** (1 + (3 * j + k) % 8) - 1, 3 * j + k, id=f"{layout}-{k}")
+    pytest.param(layout, PAIRS[(j + 3 * k) % 6], 2 ** (1 + (3 * j + k) % 8) - 1, 3 * j + k, id=f"{layout}-{k}")
     for j, layout in enumerate(WITHOUT_GROUPS)
-    for k in range(3)
+    for k in range(2)
 ]
 every_case = pytest.mark.parametrize(("layout", "pair", "levels", "seed"), CASES)
 
@@ -54,7 +55,7 @@ def test_jvp(emulated, layout, pair, levels, seed):
 
 @every_case
 def test_backward(emulated, layout, pair, levels, seed):
-    special = seed % 3 == 0
+    special = seed % 5 < 2
     w, gy = data(layout, pair[0], seed, special), data(layout, pair[1], seed + 1, special=False)
     mean, std, clip, *rest = point(layout, pair[0], levels, seed)
     if not special:  # sums that are numbers
@@ -72,7 +73,7 @@ def test_backward(emulated, layout, pair, levels, seed):
 
 @every_case
 def test_moments(emulated, layout, pair, levels, seed):
-    w = data(layout, pair[0], seed, special=False) + (1e4 if seed % 2 else 0.0)
+    w = data(layout, pair[0], seed, special=False) + (1e4 if seed % 5 < 2 else 0.0)
     results = in_any_order(emulated, seed, emulated.liq_moments, w, layout.axis)
     for got, want in zip(results, reference.liq_moments(w, layout.axis), strict=True):
         assert (got.dtype, got.shape) == (want.dtype, want.shape)
