@@ -117,7 +117,7 @@ def interpret() -> None:
     def counting(method, position):
         def counted(self, pointers, *rest):
             nonlocal moved
-            mask = rest[position].data
+            mask = rest[position].data.astype(bool)  # masks of constants come as integers
             addresses = pointers.data[mask] if pointers.data.shape == mask.shape else pointers.data
             first = int(addresses.flat[0]) if mask.any() else None
             if first is not None and not any(begin <= first < end for begin, end in parameters):
