@@ -226,7 +226,7 @@ class QuantSpec:
             fail("grad_scale", "'none' with estimator='ste'", ": its scale is a constant; estimator='lsq' trains it")
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not TINY <= self.eps < math.inf:
             fail("eps", "a number of at least 2**-126 (1/scale must stay finite)")
-        # No part of the value: the rules, read at every call, and checked calls by their metadata (fastflat.functional).
+        # No part of the value: the rules, read at every call, and checked calls by metadata (fastflat.functional).
         object.__setattr__(self, "_rules", self._chosen_rules())
         object.__setattr__(self, "_plans", {})
         if self.symmetric and self.zero != "outside":

@@ -22,9 +22,9 @@ struct GeneralQuantizeCall {
   double nu, a, delta;
   bool need_delta;
   bool narrow, half;  // x has 16 bits; they are fp16, not bf16
-  const void* x;   // data
-  const void* in;  // cotangent of y (backward) or tangent of x
-  void* out;       // y, gx or ty
+  const void* x;      // data
+  const void* in;     // cotangent of y (backward) or tangent of x
+  void* out;          // y, gx or ty
   const void* scale;
   const void* zero_point;
   const void* ts;

@@ -18,7 +18,16 @@ from collections.abc import Callable
 
 import torch
 
-from fastflat._ops import binarize, bitplane, fake_quantize, fake_quantize_list, general_quantize, identity, liq, mixquant
+from fastflat._ops import (
+    binarize,
+    bitplane,
+    fake_quantize,
+    fake_quantize_list,
+    general_quantize,
+    identity,
+    liq,
+    mixquant,
+)
 from fastflat._ops._row import Op, compute_dtype, scale_shape
 
 NAMESPACE = "fastflat"

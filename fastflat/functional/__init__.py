@@ -10,10 +10,10 @@ from fastflat.functional._mixquant import frac_quantize, mixquant
 from fastflat.functional._noise import draw_state
 
 __all__ = [
+    "binarize",
     "bitplane",
     "bitplane_codes",
     "bitplane_init",
-    "binarize",
     "draw_state",
     "fake_quantize",
     "fake_quantize_dynamic",

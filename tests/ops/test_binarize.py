@@ -150,7 +150,7 @@ def test_layouts(axis, kind):
         assert torch.equal(ops.binarize(x, other, axis, 0)[0], want[0])
 
 
-@pytest.mark.parametrize("shape, axis", [((300001,), -1), ((70, 3001), 0), ((30001, 7), 1)])
+@pytest.mark.parametrize(("shape", "axis"), [((300001,), -1), ((70, 3001), 0), ((30001, 7), 1)])
 def test_sums_do_not_depend_on_threads(shape, axis):
     x, gy = torch.randn(shape), torch.randn(shape)
     h = torch.rand(shape)
@@ -206,7 +206,8 @@ def test_edges(on_backend):
     h = torch.ones_like(x)
     h[3] = 0
     y, alpha = ff.binarize(x, h, axis=0, return_scale=True)
-    assert torch.equal(alpha[[0, 2, 3]], torch.tensor([1 / 3, inf, 0.0])) and alpha[1].isnan()
+    assert torch.equal(alpha[[0, 2, 3]], torch.tensor([1 / 3, inf, 0.0]))
+    assert alpha[1].isnan()
     assert torch.equal(y[0], alpha[0].expand(3)), "sign of both zeros is +1"
     assert y[1].isnan().all()
     assert torch.equal(y[2], torch.tensor([inf, -inf, inf]))
@@ -231,7 +232,7 @@ def test_a_cast_in_the_same_pass(on_backend):
 
 
 @pytest.mark.parametrize(
-    "kwargs, text",
+    ("kwargs", "text"),
     [
         ({"x": [1.0]}, "x must be a tensor, got list"),
         ({"x": torch.ones(3, dtype=torch.int32)}, "x must be float32, bfloat16, float16 or float64, got torch.int32"),

@@ -243,9 +243,9 @@ def test_same_bits_for_any_number_of_threads_and_instruction_set():
 
 @pytest.mark.parametrize("name", ["fake_quantize", "fake_quantize_bwd", "fake_quantize_jvp", "fake_quantize_absmax"])
 def test_opcheck(name):
-    for layout in (((6, 4, 5), 1, 0), ((3, 8), -1, 4), ((5,), -1, 0)):
-        x, scale, zero_point, gy, ts, tz = arguments(*layout, torch.float32, special=False)
-        grid = (-8, 7, *layout[1:], EPS, 0)
+    for place in (((6, 4, 5), 1, 0), ((3, 8), -1, 4), ((5,), -1, 0)):
+        x, scale, zero_point, gy, ts, tz = arguments(*place, torch.float32, special=False)
+        grid = (-8, 7, *place[1:], EPS, 0)
         args = {
             "fake_quantize": (x, scale, zero_point, *grid, torch.bfloat16),
             "fake_quantize_bwd": (gy, x, scale, zero_point, *grid, 0.5, True),

@@ -94,9 +94,9 @@ def test_memory_layouts(ops):
 
 def test_a_copy_of_the_whole_grid_of_launches(ops):
     """Large enough that every kernel takes many blocks and its second stage."""
-    for layout in (((2**24 + 5,), -1, 0), ((64, 2**17 + 3), 0, 0), ((2**16, 96), 1, 0), ((2**12, 4096), -1, 128)):
-        x, scale, _, gy, ts, tz = arguments(*layout, torch.bfloat16, special=False)
-        check_on("cuda", ops, x, scale, None, gy, ts, tz, (-8, 7, *layout[1:], EPS, 0))
+    for place in (((2**24 + 5,), -1, 0), ((64, 2**17 + 3), 0, 0), ((2**16, 96), 1, 0), ((2**12, 4096), -1, 128)):
+        x, scale, _, gy, ts, tz = arguments(*place, torch.bfloat16, special=False)
+        check_on("cuda", ops, x, scale, None, gy, ts, tz, (-8, 7, *place[1:], EPS, 0))
 
 
 def test_current_stream(ops):

@@ -127,7 +127,7 @@ def test_moments_keep_their_digits_with_a_large_mean(on_backend, dtype, shift):
             assert (error <= (narrow if dtype is not torch.float64 else 1e-13 * largest)).all()
 
 
-@pytest.mark.parametrize("shape, axis", [((300001,), -1), ((70, 3001), 0), ((30001, 7), 1)])
+@pytest.mark.parametrize(("shape", "axis"), [((300001,), -1), ((70, 3001), 0), ((30001, 7), 1)])
 def test_sums_do_not_depend_on_threads(shape, axis):
     w, gy, clip = torch.randn(shape), torch.randn(shape), torch.tensor(1.4)
     before, results = torch.get_num_threads(), []
@@ -157,7 +157,7 @@ def test_value_is_the_published_formula(on_backend, bits, axis):
     torch.testing.assert_close(y, want, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("bits, value", [(1, -1.5), (2, 0.5), (3, 1.5 / 7), (4, 0.1)])
+@pytest.mark.parametrize(("bits", "value"), [(1, -1.5), (2, 0.5), (3, 1.5 / 7), (4, 0.1)])
 @pytest.mark.parametrize("constant", [0.0, 0.3, -7.1])
 def test_constant_weights_go_to_the_even_code(on_backend, bits, value, constant):
     w = torch.full((5, 9), constant, requires_grad=True)
@@ -201,7 +201,7 @@ def test_a_cast_in_the_same_pass(on_backend):
 
 
 @pytest.mark.parametrize(
-    "kwargs, text",
+    ("kwargs", "text"),
     [
         ({"w": [1.0]}, "w must be a tensor, got list"),
         ({"w": torch.ones(3, dtype=torch.int32)}, "w must be float32, bfloat16, float16 or float64"),
