@@ -111,4 +111,6 @@ def test_bytes_moved(emulated, layout, count, dtype):
     read, written = moved(emulated.mixquant_bwd, x, x, *candidates, factor, *rest)
     assert 2 * size <= read
     assert size <= written
-    assert read + written <= 1.05 * 3 * size
+    # Blocks that own columns leave two sums a candidate and column each: a sixth of the data at this size.
+    slack = 1.2 if layout.axis == 1 else 1.05
+    assert read + written <= slack * 3 * size
