@@ -63,6 +63,7 @@ struct Value : Mixed<C> {
 
 template <class C>
 struct Tangent : Mixed<C> {
+  static constexpr int blocks_at_once = 2;
   const C* ts;
   const C* tw;
 
@@ -89,6 +90,8 @@ struct Tangent : Mixed<C> {
 template <class C, int most>
 struct Gradient : Mixed<C> {
   static constexpr int sums = 2 * most;
+  // The sums of all candidates stay in registers: fewer blocks at once leave room for them.
+  static constexpr int blocks_at_once = 1, column_blocks_at_once = 1;
   C* gs;
   C* by_channel;  // [count, channels]: what each scale's elements add to the gradients of the weights
 
