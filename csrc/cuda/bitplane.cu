@@ -5,6 +5,7 @@
 #include "cuda/bitplane.h"
 
 #include "cuda/launch.cuh"
+#include "cuda/storage.cuh"
 #include "math/bitplane.h"
 #include "math/convert.h"
 
@@ -203,34 +204,6 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   tile.store(tw, 0, result);
 }
 
-template <class T>
-struct Type {
-  using type = T;
-};
-template <class Tag>
-using type_of = typename Tag::type;
-
-// Calls f(Type<P>, Type<W>) for the storage types of planes and weight.
-template <class F>
-cudaError_t with_types(Pair pair, F&& f) {
-  switch (pair) {
-    case f32_f32:
-      return f(Type<float>{}, Type<float>{});
-    case bf16_bf16:
-      return f(Type<BFloat16>{}, Type<BFloat16>{});
-    case f16_f16:
-      return f(Type<Half>{}, Type<Half>{});
-    case f64_f64:
-      return f(Type<double>{}, Type<double>{});
-    case f32_bf16:
-      return f(Type<float>{}, Type<BFloat16>{});
-    case f32_f16:
-      return f(Type<float>{}, Type<Half>{});
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 bool on_packs(const BitplaneArguments& a, const void* x, const void* y = nullptr, const void* z = nullptr) {
   return (address(a.p) | address(a.q) | address(x) | address(y) | address(z)) % kAccess == 0;
 }
@@ -245,8 +218,6 @@ struct Pieces {
     count = tiles == 0 ? 0 : ceil_div(tiles, steps);
   }
 };
-
-cudaStream_t native(StreamHandle stream) { return static_cast<cudaStream_t>(stream); }
 
 }  // namespace
 

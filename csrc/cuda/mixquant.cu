@@ -5,6 +5,7 @@
 
 #include "cuda/map.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/storage.cuh"
 #include "math/convert.h"
 #include "math/mixquant.h"
 
@@ -148,44 +149,6 @@ struct RowSum {
     result[row] = static_cast<C>(sum.v[0]);
   }
 };
-
-template <class T>
-struct Type {
-  using type = T;
-};
-template <class Tag>
-using type_of = typename Tag::type;
-
-// Calls f(Type<X>, Type<Y>) for the storage types of data and result.
-template <class F>
-cudaError_t with_types(Pair pair, F&& f) {
-  switch (pair) {
-    case f32_f32:
-      return f(Type<float>{}, Type<float>{});
-    case bf16_bf16:
-      return f(Type<BFloat16>{}, Type<BFloat16>{});
-    case f16_f16:
-      return f(Type<Half>{}, Type<Half>{});
-    case f64_f64:
-      return f(Type<double>{}, Type<double>{});
-    case f32_bf16:
-      return f(Type<float>{}, Type<BFloat16>{});
-    case f32_f16:
-      return f(Type<float>{}, Type<Half>{});
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
-template <class T>
-const T* input(const void* pointer) {
-  return static_cast<const T*>(pointer);
-}
-template <class T>
-T* output(void* pointer) {
-  return static_cast<T*>(pointer);
-}
-cudaStream_t native(StreamHandle stream) { return static_cast<cudaStream_t>(stream); }
 
 // Calls f(number) with the least compiled number of candidates that holds `count`, as a constant.
 template <class F>
