@@ -147,19 +147,11 @@ Tensor mixquant_jvp(const std::optional<Tensor>& tx_, const std::optional<Tensor
   if (tw) call.tw = mixed.of_candidates("tw", *tw);
   const ScalarType result = dtype.value_or(x.scalar_type());
   const Pair pair = pair_of(op, x.scalar_type(), result);
-  std::optional<Tensor> tx;
-  bool of_result = false;
-  if (tx_) {
-    check_same_shape(op, "tx", *tx_, x);
-    tx = in_layout_of(*tx_, mixed.x);
-    of_result = tx->scalar_type() != x.scalar_type();
-    STD_TORCH_CHECK(!of_result || tx->scalar_type() == result, "fastflat::", op,
-                    ": tx must have the dtype of x or of the result");
-    call.in = tx->const_data_ptr();
-  }
+  const Tangents tangents(op, tx_, std::nullopt, std::nullopt, mixed.x, result, call.geometry.channels);
+  call.in = data(tangents.tx);
   Tensor ty = empty_like(mixed.x, result, group > 0);
   call.out = ty.mutable_data_ptr();
-  map((of_result ? mixquant_loops().tangent_of_result : mixquant_loops().tangent)[pair], call);
+  map((tangents.of_result ? mixquant_loops().tangent_of_result : mixquant_loops().tangent)[pair], call);
   return ty;
 }
 
