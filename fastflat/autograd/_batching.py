@@ -1,11 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vmap of ops with a scale per group: the batch becomes more channels, so that one call serves all samples."""
+"""vmap of the Functions: with a scale per group the batch becomes more channels, so that one call serves all samples;
+where samples must not share a call, one after another."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import Function
+
+
+def one_by_one(function: type[Function], size: int, in_dims: tuple, *inputs_and_plan: Any) -> tuple:
+    """(results, out_dims) of a vmap rule: `function` on each sample by itself, its results stacked in front."""
+    *inputs, plan = inputs_and_plan
+    rows = [
+        function.apply(*(t if d is None else t.select(d, i) for t, d in zip(inputs, in_dims, strict=False)), plan)
+        for i in range(size)
+    ]
+    if isinstance(rows[0], Tensor):
+        return torch.stack(rows), 0
+    return tuple(map(torch.stack, zip(*rows, strict=True))), (0,) * len(rows[0])
 
 
 class Batch:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastflat._ops import compute_dtype
+from fastflat.autograd._batching import one_by_one
 from fastflat.autograd._modes import below_autograd, is_batched_cotangent, transformed
 
 
@@ -64,7 +65,7 @@ class Value(Function):
             # All samples share the small vectors: the batch is one more axis behind the planes.
             p, q = (_second(t, d, info.batch_size) for t, d in ((p, in_dims[0]), (q, in_dims[1])))
             return Value.apply(p, q, m, scale, beta, plan), 0
-        return _one_by_one(Value, info, in_dims, p, q, m, scale, beta, plan)
+        return one_by_one(Value, info.batch_size, in_dims, p, q, m, scale, beta, plan)
 
 
 class Gradient(Function):
@@ -93,7 +94,7 @@ class Gradient(Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _one_by_one(Gradient, info, in_dims, *inputs)
+        return one_by_one(Gradient, info.batch_size, in_dims, *inputs)
 
 
 class Tangent(Function):
@@ -128,7 +129,7 @@ class Tangent(Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _one_by_one(Tangent, info, in_dims, *inputs)
+        return one_by_one(Tangent, info.batch_size, in_dims, *inputs)
 
 
 class PlainValue(Function):
@@ -193,18 +194,6 @@ def _backward_kernel(gw: Tensor, plan: Plan) -> Callable:
 def _second(t: Tensor, dim: int | None, size: int) -> Tensor:
     """A batched tensor with the planes in front and the batch behind them."""
     return t.unsqueeze(1).expand(t.shape[0], size, *t.shape[1:]) if dim is None else t.movedim(dim, 1)
-
-
-def _one_by_one(function: type[Function], info, in_dims, *inputs_and_plan):
-    """vmap by one call a sample: each has sums, or a mask, of its own."""
-    *inputs, plan = inputs_and_plan
-    rows = [
-        function.apply(*(t if d is None else t.select(d, i) for t, d in zip(inputs, in_dims, strict=False)), plan)
-        for i in range(info.batch_size)
-    ]
-    if isinstance(rows[0], Tensor):
-        return torch.stack(rows), 0
-    return tuple(map(torch.stack, zip(*rows, strict=True))), (0,) * len(rows[0])
 
 
 def _filled(tensors, like) -> list[Tensor]:

@@ -11,7 +11,7 @@ from fastflat._spec import RULES
 from fastflat.autograd import _batching
 from fastflat.autograd._modes import below_autograd, transformed
 from fastflat.autograd.fake_quantize import Plan, remember
-from fastflat.autograd.general_quantize import Gradient, Tangent, backward_kernel, each, one_by_one
+from fastflat.autograd.general_quantize import Gradient, Tangent, backward_kernel, drawn
 
 _RULES_OF_PASSING = RULES["mask_none"] | RULES["through_chain"]
 
@@ -44,8 +44,8 @@ class Value(Function):
 
     @staticmethod
     def vmap(info, in_dims, x, state, nu, a, outer, plan):
-        if one_by_one(state, nu, a, outer):
-            return each(Value, info, in_dims, (x, state, nu, a, outer, plan)), (0, 0)
+        if drawn(state, nu, a, outer):
+            return _batching.one_by_one(Value, info.batch_size, in_dims, x, state, nu, a, outer, plan)
         batch = _batching.Batch(info.batch_size, plan)
         y, scale = Value.apply(batch.data(x, in_dims[0]), None, None, None, None, batch.plan)
         return (batch.split_data(y), batch.split_parameter(scale)), (0, 0)

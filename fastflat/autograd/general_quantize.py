@@ -50,8 +50,8 @@ class Value(Function):
     @staticmethod
     def vmap(info, in_dims, x, scale, zero_point, state, nu, a, delta, plan):
         args = (x, scale, zero_point, state, nu, a, delta, plan)
-        if one_by_one(state, nu, a, delta):
-            return each(Value, info, in_dims, args), 0
+        if drawn(state, nu, a, delta):
+            return _batching.one_by_one(Value, info.batch_size, in_dims, *args)
         batch = _batching.Batch(info.batch_size, plan)
         x, scale, zero_point = batch.inputs(in_dims, x, scale, zero_point)
         return batch.split_data(Value.apply(x, scale, zero_point, None, None, None, None, batch.plan)), 0
@@ -98,8 +98,8 @@ class Gradient(Function):
         args = (gy, x, scale, zero_point, state, nu, a, delta, plan)
         s_dim = 0 if plan.trains_scale else None
         dims = (0, s_dim, s_dim if zero_point is not None else None, 0 if plan.trains_delta else None)
-        if one_by_one(state, nu, a, delta):
-            results = each(Gradient, info, in_dims, args)
+        if drawn(state, nu, a, delta):
+            results, _ = _batching.one_by_one(Gradient, info.batch_size, in_dims, *args)
             return tuple(r if d == 0 else r[0] for r, d in zip(results, dims, strict=True)), dims
         batch = _batching.Batch(info.batch_size, plan)
         x, scale, zero_point = batch.inputs(in_dims[1:], x, scale, zero_point)
@@ -162,8 +162,8 @@ class Tangent(Function):
     @staticmethod
     def vmap(info, in_dims, tx, ts, tz, x, scale, zero_point, state, nu, a, plan):
         args = (tx, ts, tz, x, scale, zero_point, state, nu, a, plan)
-        if one_by_one(state, nu, a):
-            return each(Tangent, info, in_dims, args), 0
+        if drawn(state, nu, a):
+            return _batching.one_by_one(Tangent, info.batch_size, in_dims, *args)
         batch = _batching.Batch(info.batch_size, plan)
         tx = batch.data(tx, in_dims[0])
         ts, tz = (batch.parameter(t, d) for t, d in ((ts, in_dims[1]), (tz, in_dims[2])))
@@ -255,19 +255,6 @@ def _crossed(plan, gy, x, scale, zero_point, state, nu, a, with_scale, with_zero
     return (None if with_scale is None else second * with_scale), (None if with_zero is None else second * with_zero)
 
 
-def one_by_one(*draws: Tensor | None) -> bool:
+def drawn(*draws: Tensor | None) -> bool:
     """Whether vmap must call once a sample: there are draws, or scalars that may differ."""
     return any(t is not None for t in draws)
-
-
-def each(function, info, in_dims, args):
-    """`function` on each sample by itself, the results stacked along a new first axis."""
-    results = []
-    for i in range(info.batch_size):
-        # The plan is no tensor, whatever functorch makes of a named tuple.
-        batched = [isinstance(arg, Tensor) and dim is not None for arg, dim in zip(args, in_dims, strict=True)]
-        here = zip(args, in_dims, batched, strict=True)
-        results.append(function.apply(*(arg.select(dim, i) if picked else arg for arg, dim, picked in here)))
-    if isinstance(results[0], tuple):
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return torch.stack(results)

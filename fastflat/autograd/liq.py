@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastflat.autograd._batching import Batch
+from fastflat.autograd._batching import Batch, one_by_one
 from fastflat.autograd._modes import below_autograd, is_batched_cotangent, transformed
 
 
@@ -98,7 +98,7 @@ class Value(Function):
     @staticmethod
     def vmap(info, in_dims, w, clip, mean, std, plan):
         if in_dims[1] is not None:
-            return _one_by_one(Value, info, in_dims, w, clip, mean, std, plan)
+            return one_by_one(Value, info.batch_size, in_dims, w, clip, mean, std, plan)
         batch = Batch(info.batch_size, plan)
         y = Value.apply(
             batch.data(w, in_dims[0]),
@@ -135,7 +135,7 @@ class Gradient(Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _one_by_one(Gradient, info, in_dims, *inputs)
+        return one_by_one(Gradient, info.batch_size, in_dims, *inputs)
 
 
 class Tangent(Function):
@@ -166,7 +166,7 @@ class Tangent(Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _one_by_one(Tangent, info, in_dims, *inputs)
+        return one_by_one(Tangent, info.batch_size, in_dims, *inputs)
 
 
 class PlainValue(Function):
@@ -226,15 +226,3 @@ def _remember(ctx, *inputs_and_plan) -> None:
 def _backward_kernel(gy, plan):
     """The backward op; batches of is_grads_batched=True consult no vmap rule and are taken apart by the dispatcher."""
     return torch.ops.fastflat.liq_bwd if is_batched_cotangent(gy) else plan.kernels.liq_bwd
-
-
-def _one_by_one(function: type[Function], info, in_dims, *inputs_and_plan):
-    """vmap by one call a sample: each has a sum, or a clip, of its own."""
-    *inputs, plan = inputs_and_plan
-    rows = [
-        function.apply(*(t if d is None else t.select(d, i) for t, d in zip(inputs, in_dims, strict=False)), plan)
-        for i in range(info.batch_size)
-    ]
-    if isinstance(rows[0], Tensor):
-        return torch.stack(rows), 0
-    return tuple(map(torch.stack, zip(*rows, strict=True))), (0,) * len(rows[0])

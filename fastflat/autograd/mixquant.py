@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fastflat.autograd._batching import one_by_one
 from fastflat.autograd._modes import below_autograd, is_batched_cotangent, transformed
 
 
@@ -79,7 +80,7 @@ class Value(Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _batched(Value, info.batch_size, in_dims, inputs, ("data",), _FORWARD)
+        return _batched(Value, info.batch_size, in_dims, inputs, _FORWARD)
 
 
 class Gradient(Function):
@@ -120,7 +121,7 @@ class Gradient(Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _batched(Gradient, info.batch_size, in_dims, inputs, ("data", "scale", "plain"), None)
+        return _batched(Gradient, info.batch_size, in_dims, inputs, None)
 
 
 class Tangent(Function):
@@ -170,7 +171,7 @@ class Tangent(Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _batched(Tangent, info.batch_size, in_dims, inputs, ("data",), _TANGENT)
+        return _batched(Tangent, info.batch_size, in_dims, inputs, _TANGENT)
 
 
 class PlainValue(Function):
@@ -258,7 +259,7 @@ _FORWARD = _POINT
 _TANGENT = ("data", "scale", "plain", *_POINT)
 
 
-def _batched(function, size, in_dims, inputs, results, roles):
+def _batched(function, size, in_dims, inputs, roles):
     """vmap: one call with the batch among the channels where only data and scales are batched, else a call a sample."""
     *tensors, plan = inputs
     dims = in_dims[:-1]
@@ -268,13 +269,7 @@ def _batched(function, size, in_dims, inputs, results, roles):
         along = plan._replace(grid=(axis if group else 0, group, *rest))
         y = function.apply(*folded, along)
         return (y if axis < 0 else y.unflatten(0, (size, -1)).movedim(1, axis + 1)), 0
-    samples = [
-        function.apply(*(t if d is None else t.select(d, k) for t, d in zip(tensors, dims, strict=True)), plan)
-        for k in range(size)
-    ]
-    if len(results) == 1:
-        return torch.stack(samples), 0
-    return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), (0,) * len(results)
+    return one_by_one(function, size, in_dims, *inputs)
 
 
 def _fold(t, dim, role, size, axis):
