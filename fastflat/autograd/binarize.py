@@ -27,7 +27,7 @@ from torch.autograd import Function
 
 from fastflat._ops import compute_dtype
 from fastflat.autograd._batching import Batch
-from fastflat.autograd._modes import below_autograd, is_batched_cotangent, transformed
+from fastflat.autograd._modes import backward_op, below_autograd, remember, transformed
 from fastflat.backends.reference.layout import blocked
 
 
@@ -60,7 +60,7 @@ class Value(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, h, plan = inputs
-        _remember(ctx, x, h, output[1], plan)
+        remember(ctx, x, h, output[1], plan)
 
     @staticmethod
     def backward(ctx, gy, ga):
@@ -85,11 +85,11 @@ class Gradient(Function):
 
     @staticmethod
     def forward(gy, ga, x, h, alpha, plan):
-        return _backward_kernel(gy, ga, plan)(gy, ga, x, h, alpha, *plan.rule)
+        return backward_op("binarize_bwd", plan.kernels, gy, ga)(gy, ga, x, h, alpha, *plan.rule)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, cx):
@@ -135,7 +135,7 @@ class Tangent(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, gy, ga):
@@ -189,7 +189,7 @@ class PlainValue(Function):
         if torch.is_grad_enabled() or transformed():
             return Gradient.apply(gy, ga, x, h, alpha, plan), None, None
         with below_autograd():
-            return _backward_kernel(gy, ga, plan)(gy, ga, x, h, alpha, *plan.rule), None, None
+            return backward_op("binarize_bwd", plan.kernels, gy, ga)(gy, ga, x, h, alpha, *plan.rule), None, None
 
 
 class CompiledValue(Function):
@@ -216,13 +216,6 @@ def binarize(x: Tensor, h: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
     return function.apply(x, h, plan)
 
 
-def _remember(ctx, *inputs_and_plan) -> None:
-    *tensors, ctx.plan = inputs_and_plan
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
 def _filled(gy: Tensor | None, x: Tensor, plan: Plan) -> Tensor:
     return torch.zeros_like(x, dtype=plan.dtype) if gy is None else gy
 
@@ -230,12 +223,6 @@ def _filled(gy: Tensor | None, x: Tensor, plan: Plan) -> Tensor:
 def _constant_importance(tangent: Tensor | None) -> None:
     if tangent is not None:
         raise ValueError("fastflat::binarize: importance must carry no tangent, got one; detach it")
-
-
-def _backward_kernel(gy, ga, plan):
-    """The backward op; batches of is_grads_batched=True consult no vmap rule and are taken apart by the dispatcher."""
-    batched = is_batched_cotangent(gy) or (ga is not None and is_batched_cotangent(ga))
-    return torch.ops.fastflat.binarize_bwd if batched else plan.kernels.binarize_bwd
 
 
 def _importance(batch: Batch, h: Tensor | None, x: Tensor, x_dim: int | None, h_dim: int | None) -> Tensor | None:

@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 from fastflat._ops import compute_dtype
 from fastflat.autograd._batching import one_by_one
-from fastflat.autograd._modes import below_autograd, is_batched_cotangent, transformed
+from fastflat.autograd._modes import backward_op, below_autograd, remember, transformed
 
 
 class Plan(NamedTuple):
@@ -46,7 +46,7 @@ class Value(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, gw):
@@ -73,11 +73,11 @@ class Gradient(Function):
 
     @staticmethod
     def forward(gw, p, q, m, scale, beta, plan):
-        return _backward_kernel(gw, plan)(gw, p, q, m, scale, beta, *plan.hard)
+        return backward_op("bitplane_bwd", plan.kernels, gw)(gw, p, q, m, scale, beta, *plan.hard)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -106,7 +106,7 @@ class Tangent(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, cotangent):
@@ -148,7 +148,7 @@ class PlainValue(Function):
         if torch.is_grad_enabled() or transformed():
             return *Gradient.apply(gw, *ctx.saved_tensors, plan), None, None
         with below_autograd():
-            return *_backward_kernel(gw, plan)(gw, *ctx.saved_tensors, *plan.hard), None, None
+            return *backward_op("bitplane_bwd", plan.kernels, gw)(gw, *ctx.saved_tensors, *plan.hard), None, None
 
 
 class CompiledValue(Function):
@@ -174,21 +174,9 @@ def bitplane(p: Tensor, q: Tensor, m: Tensor, scale: Tensor, beta: Tensor, plan:
     return function.apply(p, q, m, scale, beta, plan)
 
 
-def _remember(ctx, *inputs_and_plan) -> None:
-    *tensors, ctx.plan = inputs_and_plan
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
 def _constant_beta(tangent: Tensor | None) -> None:
     if tangent is not None:
         raise ValueError("fastflat::bitplane: beta must carry no tangent, got one; it is a schedule: detach it")
-
-
-def _backward_kernel(gw: Tensor, plan: Plan) -> Callable:
-    """The backward op; batches of is_grads_batched=True consult no vmap rule and are taken apart by the dispatcher."""
-    return torch.ops.fastflat.bitplane_bwd if is_batched_cotangent(gw) else plan.kernels.bitplane_bwd
 
 
 def _second(t: Tensor, dim: int | None, size: int) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastflat.autograd import _batching
-from fastflat.autograd._modes import below_autograd, is_batched_cotangent, transformed
+from fastflat.autograd._modes import backward_op, below_autograd, remember, transformed
 
 
 class Plan(NamedTuple):
@@ -98,7 +98,9 @@ class Gradient(Function):
 
     @staticmethod
     def forward(gy, x, scale, zero_point, plan):
-        return _backward_kernel(gy, plan)(gy, x, scale, zero_point, *plan.grid, plan.factor, plan.trains_scale)
+        return backward_op("fake_quantize_bwd", plan.kernels, gy)(
+            gy, x, scale, zero_point, *plan.grid, plan.factor, plan.trains_scale
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -303,14 +305,6 @@ def fake_quantize_absmax(x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     return function.apply(x, plan)
 
 
-def remember(ctx, *inputs_and_plan) -> None:
-    """Keep the tensors and the plan of a call for every derivative."""
-    *tensors, ctx.plan = inputs_and_plan
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
 def gradients(gy, x, scale, zero_point, plan):
     """The gradients as a backward returns them, differentiable where they must be."""
     return _present(plan, zero_point, *_gradient(gy, x, scale, zero_point, plan))
@@ -321,12 +315,9 @@ def _gradient(gy, x, scale, zero_point, plan):
     if torch.is_grad_enabled() or transformed():
         return Gradient.apply(gy, x, scale, zero_point, plan)
     with below_autograd():
-        return _backward_kernel(gy, plan)(gy, x, scale, zero_point, *plan.grid, plan.factor, plan.trains_scale)
-
-
-def _backward_kernel(gy, plan):
-    """The backward op; batches of is_grads_batched=True consult no vmap rule and are taken apart by the dispatcher."""
-    return torch.ops.fastflat.fake_quantize_bwd if is_batched_cotangent(gy) else plan.kernels.fake_quantize_bwd
+        return backward_op("fake_quantize_bwd", plan.kernels, gy)(
+            gy, x, scale, zero_point, *plan.grid, plan.factor, plan.trains_scale
+        )
 
 
 def _present(plan, zero_point, gx, gs, gz):

@@ -9,9 +9,9 @@ from torch.autograd import Function
 
 from fastflat._spec import RULES
 from fastflat.autograd import _batching
-from fastflat.autograd._modes import below_autograd, transformed
-from fastflat.autograd.fake_quantize import Plan, remember
-from fastflat.autograd.general_quantize import Gradient, Tangent, backward_kernel, drawn
+from fastflat.autograd._modes import backward_op, below_autograd, remember, transformed
+from fastflat.autograd.fake_quantize import Plan
+from fastflat.autograd.general_quantize import Gradient, Tangent, drawn
 
 _RULES_OF_PASSING = RULES["mask_none"] | RULES["through_chain"]
 
@@ -73,7 +73,7 @@ class PlainValue(Function):
             gx = Gradient.apply(gy, x, scale, None, state, nu, a, None, plan)[0]
         else:
             with below_autograd():
-                kernel = backward_kernel(gy, plan)
+                kernel = backward_op("general_quantize_bwd", plan.kernels, gy)
                 gx = kernel(gy, x, scale, None, state, nu, a, None, *plan.grid, 1.0, False, False)[0]
         return gx, None, None, None, None, None
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastflat.autograd import _batching
-from fastflat.autograd._modes import below_autograd, is_batched_cotangent, transformed
-from fastflat.autograd.fake_quantize import Plan, constant_scale, held, remember
+from fastflat.autograd._modes import backward_op, below_autograd, remember, transformed
+from fastflat.autograd.fake_quantize import Plan, constant_scale, held
 
 
 class Value(Function):
@@ -62,7 +62,7 @@ class Gradient(Function):
 
     @staticmethod
     def forward(gy, x, scale, zero_point, state, nu, a, delta, plan):
-        return backward_kernel(gy, plan)(
+        return backward_op("general_quantize_bwd", plan.kernels, gy)(
             gy, x, scale, zero_point, state, nu, a, delta, *plan.grid, plan.factor, plan.trains_scale, plan.trains_delta
         )
 
@@ -187,7 +187,7 @@ class PlainValue(Function):
         if torch.is_grad_enabled() or transformed():
             return _present(ctx, Gradient.apply(gy, *saved, plan))
         with below_autograd():
-            gradients = backward_kernel(gy, plan)(
+            gradients = backward_op("general_quantize_bwd", plan.kernels, gy)(
                 gy, *saved, *plan.grid, plan.factor, plan.trains_scale, plan.trains_delta
             )
         return _present(ctx, gradients)
@@ -229,11 +229,6 @@ def general_quantize(
     if torch.compiler.is_compiling():
         return CompiledValue.apply(*tensors, plan.grid, plan.factor, plan.trains_scale, plan.trains_delta, plan.dtype)
     return (Value if transformed() else PlainValue).apply(*tensors, plan)
-
-
-def backward_kernel(gy, plan):
-    """The backward op; batches of is_grads_batched=True consult no vmap rule and are taken apart by the dispatcher."""
-    return torch.ops.fastflat.general_quantize_bwd if is_batched_cotangent(gy) else plan.kernels.general_quantize_bwd
 
 
 def _present(ctx, gradients):

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastflat.autograd._batching import Batch, one_by_one
-from fastflat.autograd._modes import below_autograd, is_batched_cotangent, transformed
+from fastflat.autograd._modes import backward_op, below_autograd, remember, transformed
 
 
 class Plan(NamedTuple):
@@ -83,7 +83,7 @@ class Value(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, gy):
@@ -115,11 +115,11 @@ class Gradient(Function):
 
     @staticmethod
     def forward(gy, w, clip, mean, std, plan):
-        return _backward_kernel(gy, plan)(gy, w, mean, std, clip, *plan.grid)
+        return backward_op("liq_bwd", plan.kernels, gy)(gy, w, mean, std, clip, *plan.grid)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, cw, cclip):
@@ -147,7 +147,7 @@ class Tangent(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, gy):
@@ -188,7 +188,7 @@ class PlainValue(Function):
         if torch.is_grad_enabled() or transformed():
             return *Gradient.apply(gy, w, clip, mean, std, plan), None
         with below_autograd():
-            return *_backward_kernel(gy, plan)(gy, w, mean, std, clip, *plan.grid), None
+            return *backward_op("liq_bwd", plan.kernels, gy)(gy, w, mean, std, clip, *plan.grid), None
 
 
 class CompiledValue(Function):
@@ -214,15 +214,3 @@ def liq(w: Tensor, clip: Tensor, plan: Plan) -> Tensor:
     if not transformed():
         return PlainValue.apply(w, clip, plan)
     return Value.apply(w, clip, *Moments.apply(w.detach(), plan), plan)
-
-
-def _remember(ctx, *inputs_and_plan) -> None:
-    *tensors, ctx.plan = inputs_and_plan
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_kernel(gy, plan):
-    """The backward op; batches of is_grads_batched=True consult no vmap rule and are taken apart by the dispatcher."""
-    return torch.ops.fastflat.liq_bwd if is_batched_cotangent(gy) else plan.kernels.liq_bwd

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastflat.autograd._batching import one_by_one
-from fastflat.autograd._modes import below_autograd, is_batched_cotangent, transformed
+from fastflat.autograd._modes import backward_op, below_autograd, remember, transformed
 
 
 class Plan(NamedTuple):
@@ -63,7 +63,7 @@ class Value(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, gy):
@@ -88,11 +88,11 @@ class Gradient(Function):
 
     @staticmethod
     def forward(gy, x, scale, weight, qmin, qmax, factor, plan):
-        return _backward_kernel(gy, plan)(gy, x, scale, qmin, qmax, weight, factor, *plan.grid)
+        return backward_op("mixquant_bwd", plan.kernels, gy)(gy, x, scale, qmin, qmax, weight, factor, *plan.grid)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, cx, cs, cw):
@@ -133,7 +133,7 @@ class Tangent(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _remember(ctx, *inputs)
+        remember(ctx, *inputs)
 
     @staticmethod
     def backward(ctx, gy):
@@ -219,18 +219,6 @@ def mixquant(x: Tensor, scale: Tensor, weight: Tensor, candidates: Candidates, p
         return CompiledValue.apply(x, scale, weight, *candidates, plan.grid, plan.trains_scale, plan.dtype)
     function = Value if transformed() else PlainValue
     return function.apply(x, scale, weight, *candidates, plan)
-
-
-def _remember(ctx, *inputs_and_plan) -> None:
-    *tensors, ctx.plan = inputs_and_plan
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_kernel(gy, plan):
-    """The backward op; batches of is_grads_batched=True consult no vmap rule and are taken apart by the dispatcher."""
-    return torch.ops.fastflat.mixquant_bwd if is_batched_cotangent(gy) else plan.kernels.mixquant_bwd
 
 
 def _with_weight(point, weight):
