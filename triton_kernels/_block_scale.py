@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from . import _absmax, _rules
-from ._common import divide, round_even
-from ._general_grid import format_of
+from ._common import divide
+from ._general_grid import format_of, on_floats
 from ._launch import OPTIONS, Scales
 
 _BLOCK = 256
@@ -31,17 +31,6 @@ def _ceil_log2(v):
     return floor + (rest & (floor > -127)).to(tl.int32)
 
 
-@triton.jit
-def _to_e4m3(v, outer):
-    """outer times v, which lies in [2^-6, 448], rounded to e4m3."""
-    bits: tl.constexpr = tl.uint64 if v.dtype == tl.float64 else tl.uint32
-    exponent: tl.constexpr = 0x7FF0000000000000 if v.dtype == tl.float64 else 0x7F800000
-    inverse: tl.constexpr = 0x7FE0000000000000 if v.dtype == tl.float64 else 0x7F000000
-    step = (v.to(bits, bitcast=True) & exponent).to(v.dtype, bitcast=True) * 0.125
-    scaled = v * (inverse - step.to(bits, bitcast=True)).to(v.dtype, bitcast=True)
-    return outer * (round_even(scaled) * step)
-
-
 @triton.jit(do_not_specialize=["channels", "qmax"])
 def _block_scale_kernel(
     scale_ptr, outer_ptr, channels, qmax, RULES: tl.constexpr, HAS_OUTER: tl.constexpr, BLOCK: tl.constexpr
@@ -61,7 +50,7 @@ def _block_scale_kernel(
         wanted = divide(divide(absmax, largest), outer)
         held = tl.where(wanted < 0.015625, 0.015625, wanted)
         held = tl.where(held > 448.0, 448.0, held)
-        scale = tl.where(wanted == wanted, _to_e4m3(held, outer), wanted)
+        scale = tl.where(wanted == wanted, outer * on_floats(held, held, _rules.E4M3), wanted)
     elif _POWERS & RULES:
         a = absmax.to(tl.float32)
         top = largest.to(tl.float32)

@@ -149,7 +149,7 @@ def _sign(v, xi, RULES: tl.constexpr):
 
 
 @triton.jit
-def _on_floats(v, xi, RULES: tl.constexpr):
+def on_floats(v, xi, RULES: tl.constexpr):
     """v on the grid of a minifloat format: an integer between two exact scalings by powers of two."""
     largest, smallest, unit = format_of(v, RULES)
     bound = largest + largest
@@ -197,7 +197,7 @@ def code(
     if _rules.ADDITIVE & RULES:
         r = w
     elif _rules.MINIFLOATS & RULES:
-        r = _on_floats(v, xi, RULES)
+        r = on_floats(v, xi, RULES)
     elif _rules.BINARY & RULES:
         r = _sign(v, xi, RULES)
     else:

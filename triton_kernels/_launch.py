@@ -65,6 +65,17 @@ def bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
+def scale_shape(x: torch.Tensor, axis: int, group: int) -> tuple[int, ...]:
+    """Shape of the scales of x: ``[]``, ``[C]`` or ``[..., K/group]``."""
+    return (*x.shape[:-1], x.shape[-1] // group) if group else () if axis < 0 else (x.shape[axis],)
+
+
+def zero_scales(x: torch.Tensor, axis: int, group: int) -> torch.Tensor:
+    """A zero for each scale of x, in the arithmetic type."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_zeros(scale_shape(x, axis, group), dtype=dtype)
+
+
 def wide(x: torch.Tensor) -> bool:
     """Whether offsets into x need 64 bits."""
     return x.numel() > _NARROW_LIMIT

@@ -108,7 +108,7 @@ def binarize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = _launch.dense(x, group)
     scales, h = Scales.of(x, axis, group), _importance(h, x)
-    shape = (*x.shape[:-1], x.shape[-1] // group) if group else () if axis < 0 else (x.shape[axis],)
+    shape = _launch.scale_shape(x, axis, group)
     with _launch.on_device(x):
         alpha = _quotients(x, None, h, scales, shape, _compute(x), True)
         return _map(None, x, None, alpha, None, 0.0, scales, dtype), alpha

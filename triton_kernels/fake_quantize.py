@@ -227,8 +227,7 @@ def fake_quantize_absmax(
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = _launch.dense(x, group)
-    shape = (*x.shape[:-1], x.shape[-1] // group) if group else () if axis < 0 else (x.shape[axis],)
-    scale = x.new_zeros(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    scale = _launch.zero_scales(x, axis, group)
     if x.numel() == 0:
         return torch.empty_like(x, dtype=dtype), scale
     scales, block = Scales.of(x, axis, group), _launch.block(x)

@@ -275,8 +275,7 @@ def general_quantize_dynamic(
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = _launch.dense(x, group)
-    shape = (*x.shape[:-1], x.shape[-1] // group) if group else () if axis < 0 else (x.shape[axis],)
-    scale = x.new_zeros(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    scale = _launch.zero_scales(x, axis, group)
     if x.numel() == 0:
         with _launch.on_device(x):
             _block_scale.from_absmax(scale, outer, qmax, rules)

@@ -3,7 +3,7 @@
 
 from fastflat.functional._binarize import binarize
 from fastflat.functional._bitplane import bitplane, bitplane_codes, bitplane_init
-from fastflat.functional._fake_quantize import fake_quantize, fake_quantize_dynamic
+from fastflat.functional._fake_quantize import fake_quantize, fake_quantize_dynamic, scale_value
 from fastflat.functional._fake_quantize_list import fake_quantize_list
 from fastflat.functional._liq import liq_quantize
 from fastflat.functional._mixquant import frac_quantize, mixquant
@@ -21,4 +21,5 @@ __all__ = [
     "frac_quantize",
     "liq_quantize",
     "mixquant",
+    "scale_value",
 ]

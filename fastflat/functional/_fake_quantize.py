@@ -116,6 +116,8 @@ def is_general(spec: QuantSpec, plan: rule.Plan) -> bool:
 
 def scale_value(scale: Tensor, spec: QuantSpec) -> Tensor:
     """The scale s that a tensor of ``spec.scale_is`` stands for, differentiable."""
+    if spec.scale_is == "s":
+        return scale
     if spec.scale_is == "log2":
         # Through fp64: rounded once to fp32, it has the same bits on every device.
         return torch.exp2(scale.double()).to(scale.dtype)

@@ -182,13 +182,6 @@ class Statistics:
         return _search.error_on_histogram(self.histogram, self.spec)
 
 
-def step_of(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """The step s that a scale of the form ``spec.scale_is`` stands for."""
-    if spec.scale_is == "log2":
-        return scale.double().exp2().to(scale.dtype)  # rounded once: the bits that the quantizer takes
-    return scale / _steps_in(spec)
-
-
 def _held(step: Tensor, spec: QuantSpec) -> Tensor:
     """The scale of the form ``spec.scale_is`` that stands for a step."""
     return step.log2() if spec.scale_is == "log2" else step * _steps_in(spec)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastflat import _checks
 from fastflat._ops import compute_dtype, scale_shape
 from fastflat._spec import QuantSpec
-from fastflat.functional import fake_quantize
+from fastflat.functional import fake_quantize, scale_value
 from fastflat.quant import _initial
 
 #: First values of a quantizer's scalars; delta is that of the EWGS authors.
@@ -127,15 +127,12 @@ class Quantizer(nn.Module):
 
     @spec.setter
     def spec(self, spec: QuantSpec) -> None:
-        self._spec = self._evaluation = spec
-        if spec.noise != "none" or spec.rounding == "stochastic":
-            rounding = "even" if spec.rounding == "stochastic" else spec.rounding
-            self._evaluation = spec.replace(noise="none", rounding=rounding)
+        self._spec, self._evaluation = spec, spec.evaluation()
 
     @property
     def step(self) -> Tensor:
         """The step s that the scale stands for: the scale itself unless ``spec.scale_is`` says otherwise."""
-        return _initial.step_of(self.scale, self.spec)
+        return scale_value(self.scale, self.spec)
 
     @torch.no_grad()
     def initialise_from(self, x: Tensor, method: str | None = None, *, q: float | None = None) -> None:
