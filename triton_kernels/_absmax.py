@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
+from ._channels import place, tile_of
 from ._common import divide, load, magnitude_bits, magnitude_value, program, store
 from ._integer_grid import code, hold, limits
 from ._launch import OPTIONS, Plan, Scales
@@ -72,16 +73,12 @@ def _absmax_tiles_kernel(
 ):  # fmt: skip
     """Maxima of chunks of rows [rows, chunks] or of columns [chunks, columns]; `columns` in units of ALIGN."""
     dtype: tl.constexpr = tl.float64 if part_ptr.dtype.element_ty == tl.int64 else tl.float32
-    pid = program(WIDE)
-    chunk, line = pid % chunks, pid // chunks
+    chunk, line = place(chunks, WIDE)
     width = columns * ALIGN
     top = tl.zeros([ROWS, COLUMNS], dtype=part_ptr.dtype.element_ty)
     step = 0
     while step < steps:
-        tile = chunk * steps + step
-        row = (line if BY_ROWS else tile) * ROWS + tl.arange(0, ROWS)
-        column = (tile if BY_ROWS else line) * COLUMNS + tl.arange(0, COLUMNS)
-        mask = (row < rows)[:, None] & (column < width)[None, :]
+        row, column, mask = tile_of(chunk * steps + step, line, rows, width, BY_ROWS, ROWS, COLUMNS)
         bits = magnitude_bits(load(x_ptr, row[:, None] * width + column[None, :], mask, dtype, True))
         top = tl.maximum(top, bits)
         step += 1

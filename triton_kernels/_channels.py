@@ -1,29 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels whose programs stay within one channel: a tile of its elements, a partial sum of each."""
+"""Sums over the elements of each scale, as matrices of rows or columns (:class:`_launch.Plan`)."""
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import BLOCK, Scales
+from . import _launch
+from ._common import program
+from ._launch import Plan, Scales
 
 
 @triton.jit
-def channel_tile(count, inner, channels, chunks, BLOCK: tl.constexpr):
-    """Channel, storage offsets and mask of this program's tile of the `count` elements of a channel."""
-    pid = tl.program_id(0).to(tl.int64)
-    channel = pid // chunks
-    element = (pid % chunks) * BLOCK + tl.arange(0, BLOCK)
-    return channel, (element // inner) * (channels * inner) + channel * inner + element % inner, element < count
+def place(chunks, WIDE: tl.constexpr):
+    """The chunk and the line of tiles of this program."""
+    pid = program(WIDE)
+    return pid % chunks, pid // chunks
 
 
-def grid_of(scales: Scales) -> tuple[tuple[int], tuple[int, int, int, int]]:
-    """The grid, and (count, inner, channels, chunks) as kernels take them."""
-    count = scales.outer * scales.inner
-    chunks = triton.cdiv(count, BLOCK)
-    return (scales.channels * chunks,), (count, scales.inner, scales.channels, chunks)
+@triton.jit
+def tile_of(
+    tile, line, rows, width, BY_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Rows, columns and mask of tile number `tile` of a line."""
+    row = (line if BY_ROWS else tile) * ROWS + tl.arange(0, ROWS)
+    column = (tile if BY_ROWS else line) * COLUMNS + tl.arange(0, COLUMNS)
+    return row, column, (row < rows)[:, None] & (column < width)[None, :]
 
 
-def partials(x: torch.Tensor, layout: tuple[int, int, int, int]) -> torch.Tensor:
-    """Room for a sum a program, in double; added up along the last axis they are the sums of the channels."""
-    return torch.empty((layout[2], layout[3]), dtype=torch.float64, device=x.device)
+@triton.jit
+def store_sums(
+    part_ptr, sums, chunk, chunks, line, rows, width, BY_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """The sums of this program's rows, or of its columns."""
+    if BY_ROWS:
+        row = line * ROWS + tl.arange(0, ROWS)
+        tl.store(part_ptr + row * chunks + chunk, tl.sum(sums, 1), mask=row < rows)
+    else:
+        column = line * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(part_ptr + chunk * width + column, tl.sum(sums, 0), mask=column < width)
+
+
+class Sums:
+    """One sum a scale, in double: the plan, what kernels take of it, and the end."""
+
+    def __init__(self, scales: Scales, x: torch.Tensor, *others: torch.Tensor) -> None:
+        self.channels, self.device = scales.channels, x.device
+        self.plan = plan = Plan.of(scales, _launch.vector(x, *others), _launch.block(x))
+        self.grid = plan.grid
+        self.layout = (plan.rows, plan.columns // plan.align, plan.steps, plan.chunks)
+        self.tile = (plan.by_rows, plan.tile_rows, plan.tile_columns, plan.align, _launch.wide(x))
+
+    def partials(self) -> torch.Tensor:
+        """Room for what the programs leave."""
+        return torch.empty(self.plan.partials, dtype=torch.float64, device=self.device)
+
+    def join(self, partials: torch.Tensor) -> torch.Tensor:
+        """The sums [channels]."""
+        return partials.view(self.plan.outer, self.channels, self.plan.rest).sum((0, 2))

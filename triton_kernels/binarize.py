@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._channels import channel_tile, grid_of, partials
-from ._common import double_from_bits, load, store
-from ._launch import BLOCK, OPTIONS, Scales
+from ._channels import Sums, place, store_sums, tile_of
+from ._common import double_from_bits, load, program, run_tile, store
+from ._launch import OPTIONS, Scales
 
 #: Arguments whose values must not lead to another compilation.
-_RUNTIME = ["count", "inner", "channels", "chunks", "clip_bits"]
+_RUNTIME = ["rows", "columns", "steps", "chunks", "n", "inner", "channels", "clip_bits"]
 
 
 @triton.jit
@@ -23,45 +23,74 @@ def _sign(x):
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _binarize_sums_kernel(
-    sum_ptr, total_ptr, x_ptr, v_ptr, h_ptr, count, inner, channels, chunks,
-    HAS_V: tl.constexpr, HAS_H: tl.constexpr, WEIGH: tl.constexpr, BLOCK: tl.constexpr,
+    sum_ptr, total_ptr, x_ptr, v_ptr, h_ptr, rows, columns, steps, chunks,
+    HAS_V: tl.constexpr, HAS_H: tl.constexpr, WEIGH: tl.constexpr,
+    BY_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of |x| or sign(x) v, weighed by h on wish, and of h."""
-    _, offsets, mask = channel_tile(count, inner, channels, chunks, BLOCK)
     dtype: tl.constexpr = h_ptr.dtype.element_ty
-    x = load(x_ptr, offsets, mask, dtype, True)
-    term = tl.abs(x)
-    if HAS_V:
-        term = _sign(x) * load(v_ptr, offsets, mask, dtype, True)
+    width = columns * ALIGN
+    chunk, line = place(chunks, WIDE)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float64)
+    totals = tl.zeros([ROWS, COLUMNS], tl.float64)
+    step = 0
+    while step < steps:
+        row, column, mask = tile_of(chunk * steps + step, line, rows, width, BY_ROWS, ROWS, COLUMNS)
+        offsets = row[:, None] * width + column[None, :]
+        x = load(x_ptr, offsets, mask, dtype, True)
+        term = tl.abs(x)
+        if HAS_V:
+            term = _sign(x) * load(v_ptr, offsets, mask, dtype, True)
+        if HAS_H:
+            h = load(h_ptr, offsets, mask, dtype, True)
+            totals += h.to(tl.float64)
+            if WEIGH:
+                term = h * term
+        sums += term.to(tl.float64)
+        step += 1
+    store_sums(sum_ptr, sums, chunk, chunks, line, rows, width, BY_ROWS, ROWS, COLUMNS)
     if HAS_H:
-        h = load(h_ptr, offsets, mask, dtype, True)
-        tl.store(total_ptr + tl.program_id(0), tl.sum(h.to(tl.float64), 0))
-        if WEIGH:
-            term = h * term
-    tl.store(sum_ptr + tl.program_id(0), tl.sum(term.to(tl.float64), 0))
+        store_sums(total_ptr, totals, chunk, chunks, line, rows, width, BY_ROWS, ROWS, COLUMNS)
+
+
+@triton.jit
+def _map_block(
+    y_ptr, v_ptr, x_ptr, h_ptr, alpha_ptr, k_ptr, span, clip,
+    HAS_V: tl.constexpr, HAS_H: tl.constexpr, HAS_K: tl.constexpr,
+    BLOCK: tl.constexpr, RUN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = alpha_ptr.dtype.element_ty
+    offsets, index, mask = run_tile(span, BLOCK, RUN)
+    x = load(x_ptr, offsets, mask, dtype, MASKED)
+    alpha = tl.load(alpha_ptr + index)
+    if HAS_V:
+        v = load(v_ptr, offsets, mask, dtype, MASKED)
+        y = tl.where(tl.abs(x) <= clip, v * alpha, 0.0)
+        if HAS_K:
+            share = _sign(x)
+            if HAS_H:
+                share = load(h_ptr, offsets, mask, dtype, MASKED) * share
+            y = y + share * tl.load(k_ptr + index)
+    else:
+        y = _sign(x) * alpha
+    store(y_ptr, offsets, y, mask, MASKED)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _binarize_map_kernel(
-    y_ptr, v_ptr, x_ptr, h_ptr, alpha_ptr, k_ptr, count, inner, channels, chunks, clip_bits,
-    HAS_V: tl.constexpr, HAS_H: tl.constexpr, HAS_K: tl.constexpr, BLOCK: tl.constexpr,
+    y_ptr, v_ptr, x_ptr, h_ptr, alpha_ptr, k_ptr, n, inner, channels, clip_bits,
+    HAS_V: tl.constexpr, HAS_H: tl.constexpr, HAS_K: tl.constexpr,
+    BLOCK: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """sign(x) alpha; with v the part straight through the sign, and with k the part through the scale."""
-    channel, offsets, mask = channel_tile(count, inner, channels, chunks, BLOCK)
-    dtype: tl.constexpr = alpha_ptr.dtype.element_ty
-    x = load(x_ptr, offsets, mask, dtype, True)
-    alpha = tl.load(alpha_ptr + channel)
-    if HAS_V:
-        v = load(v_ptr, offsets, mask, dtype, True)
-        y = tl.where(tl.abs(x) <= double_from_bits(clip_bits, dtype), v * alpha, 0.0)
-        if HAS_K:
-            share = _sign(x)
-            if HAS_H:
-                share = load(h_ptr, offsets, mask, dtype, True) * share
-            y = y + share * tl.load(k_ptr + channel)
+    clip = double_from_bits(clip_bits, alpha_ptr.dtype.element_ty)
+    start = program(WIDE) * BLOCK
+    span = (start, n, inner, channels)
+    # Whole blocks carry no mask, so that their accesses are 16 bytes wide whatever n is.
+    if start + BLOCK <= n:
+        _map_block(y_ptr, v_ptr, x_ptr, h_ptr, alpha_ptr, k_ptr, span, clip, HAS_V, HAS_H, HAS_K, BLOCK, RUN, False)
     else:
-        y = _sign(x) * alpha
-    store(y_ptr, offsets, y, mask, True)
+        _map_block(y_ptr, v_ptr, x_ptr, h_ptr, alpha_ptr, k_ptr, span, clip, HAS_V, HAS_H, HAS_K, BLOCK, RUN, True)
 
 
 def _importance(h, x):
@@ -70,18 +99,18 @@ def _importance(h, x):
 
 def _quotients(x, v, h, scales, shape, compute, weigh, with_sum=True, more=None):
     """For each channel the op's sum on wish, plus a cotangent of alpha, over sum h; 0 where that is 0."""
-    grid, layout = grid_of(scales)
-    sums, totals = partials(x, layout), partials(x, layout)
-    place = torch.empty(0, dtype=compute, device=x.device) if h is None else h
+    absent = torch.empty(0, dtype=compute, device=x.device)
     if x.numel():
-        _binarize_sums_kernel[grid](
-            sums, totals, _launch.raw(x), _launch.raw(x if v is None else v), place, *layout,
-            v is not None, h is not None, weigh, BLOCK, **OPTIONS,
+        sums = Sums(scales, x, *(t for t in (v, h) if t is not None))
+        of_x, of_h = sums.partials(), sums.partials()
+        _binarize_sums_kernel[sums.grid](
+            of_x, of_h, _launch.raw(x), _launch.raw(x if v is None else v), absent if h is None else h, *sums.layout,
+            v is not None, h is not None, weigh, *sums.tile, **OPTIONS,
         )  # fmt: skip
-    sum_ = sums.sum(1)
-    if not with_sum:
-        sum_ = torch.zeros_like(sum_)
-    total = torch.full_like(sum_, layout[0]) if h is None else totals.sum(1)
+        sum_ = sums.join(of_x) if with_sum else torch.zeros(scales.channels, dtype=torch.float64, device=x.device)
+        total = torch.full_like(sum_, scales.outer * scales.inner) if h is None else sums.join(of_h)
+    else:
+        sum_ = total = torch.zeros(scales.channels, dtype=torch.float64, device=x.device)
     if more is not None:
         sum_ = sum_ + more.reshape(-1).double()
     return torch.where(total == 0, 0.0, sum_ / total).to(compute).reshape(shape)
@@ -90,11 +119,11 @@ def _quotients(x, v, h, scales, shape, compute, weigh, with_sum=True, more=None)
 def _map(v, x, h, alpha, k, clip, scales, dtype):
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        grid, layout = grid_of(scales)
-        _binarize_map_kernel[grid](
+        block = _launch.block(x)
+        _binarize_map_kernel[(triton.cdiv(x.numel(), block),)](
             _launch.raw(y), _launch.raw(x if v is None else v), _launch.raw(x), alpha if h is None else h,
-            alpha, alpha if k is None else k, *layout, _launch.bits(clip),
-            v is not None, h is not None, k is not None, BLOCK, **OPTIONS,
+            alpha, alpha if k is None else k, x.numel(), scales.inner, scales.channels, _launch.bits(clip),
+            v is not None, h is not None, k is not None, block, scales.run(block), _launch.wide(x), **OPTIONS,
         )  # fmt: skip
     return y
 

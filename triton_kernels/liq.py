@@ -8,40 +8,48 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._channels import channel_tile, grid_of, partials
-from ._common import divide, double_from_bits, load, round_even, store
-from ._launch import BLOCK, OPTIONS, Scales
+from ._channels import Sums, place, store_sums, tile_of
+from ._common import divide, double_from_bits, load, program, round_even, run_tile, store
+from ._launch import OPTIONS, Scales
 
 #: Arguments whose values must not lead to another compilation.
-_RUNTIME = ["count", "inner", "channels", "chunks", "levels", "eps_bits"]
+_RUNTIME = ["rows", "columns", "steps", "chunks", "n", "inner", "channels", "levels", "eps_bits"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _liq_moment_kernel(
-    sum_ptr, w_ptr, about_ptr, count, inner, channels, chunks, SECOND: tl.constexpr, BLOCK: tl.constexpr
+    sum_ptr, w_ptr, about_ptr, rows, columns, steps, chunks, inner, channels, SECOND: tl.constexpr,
+    BY_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of w, or of its squared distance from the mean."""
-    channel, offsets, mask = channel_tile(count, inner, channels, chunks, BLOCK)
-    w = load(w_ptr, offsets, mask, tl.float64, True)
-    if SECOND:
-        w = tl.where(mask, w - tl.load(about_ptr + channel), 0.0)
-        w = w * w
-    tl.store(sum_ptr + tl.program_id(0), tl.sum(w, 0))
+    width = columns * ALIGN
+    chunk, line = place(chunks, WIDE)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float64)
+    step = 0
+    while step < steps:
+        row, column, mask = tile_of(chunk * steps + step, line, rows, width, BY_ROWS, ROWS, COLUMNS)
+        w = load(w_ptr, row[:, None] * width + column[None, :], mask, tl.float64, True)
+        if SECOND:
+            index = (row % channels)[:, None] if BY_ROWS else ((column // inner) % channels)[None, :]
+            w = tl.where(mask, w - tl.load(about_ptr + index), 0.0)
+            w = w * w
+        sums += w
+        step += 1
+    store_sums(sum_ptr, sums, chunk, chunks, line, rows, width, BY_ROWS, ROWS, COLUMNS)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
-def _liq_kernel(
-    y_ptr, sum_ptr, v_ptr, tclip_ptr, w_ptr, mean_ptr, std_ptr, clip_ptr, count, inner, channels, chunks, levels,
-    eps_bits, KIND: tl.constexpr, HAS_V: tl.constexpr, HAS_TCLIP: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _block(
+    y_ptr, sum_ptr, v_ptr, tclip_ptr, w_ptr, mean_ptr, std_ptr, clip_ptr, span, levels, eps,
+    KIND: tl.constexpr, HAS_V: tl.constexpr, HAS_TCLIP: tl.constexpr,
+    BLOCK: tl.constexpr, RUN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """KIND 0: y. 1: the gradient of w, and a partial sum of that of clip. 2: the tangent of y."""
-    channel, offsets, mask = channel_tile(count, inner, channels, chunks, BLOCK)
     dtype: tl.constexpr = clip_ptr.dtype.element_ty
-    eps = double_from_bits(eps_bits, dtype)
-    std, clip = tl.load(std_ptr + channel), tl.load(clip_ptr)
+    offsets, index, mask = run_tile(span, BLOCK, RUN)
+    std, clip = tl.load(std_ptr + index), tl.load(clip_ptr)
     s, c = tl.where(std < eps, eps, std), tl.where(clip < eps, eps, clip)
-    w = load(w_ptr, offsets, mask, dtype, True)
-    u = divide(divide(w - tl.load(mean_ptr + channel), s), c)
+    w = load(w_ptr, offsets, mask, dtype, MASKED)
+    u = divide(divide(w - tl.load(mean_ptr + index), s), c)
     lifted = tl.where(u < -1.0, -1.0, u)
     clamped = tl.where(lifted > 1.0, 1.0, lifted)
     top = levels.to(dtype)
@@ -52,28 +60,52 @@ def _liq_kernel(
     else:
         v = tl.zeros_like(w)
         if HAS_V:
-            v = load(v_ptr, offsets, mask, dtype, True)
+            v = load(v_ptr, offsets, mask, dtype, MASKED)
         residual = tl.where(inside, q - u, q)
         y = divide(tl.where(inside, v, 0.0), s)
         if KIND == 1:
             share = tl.where(mask, v * residual, 0.0)
-            tl.store(sum_ptr + tl.program_id(0), tl.sum(share.to(tl.float64), 0))
+            tl.store(sum_ptr + tl.program_id(0), tl.sum(share.to(tl.float64)))
         else:
             if HAS_TCLIP:
                 tclip = tl.load(tclip_ptr)
             else:
                 tclip = tl.zeros_like(clip)
             y = y + residual * tclip
-    store(y_ptr, offsets, y, mask, True)
+    store(y_ptr, offsets, y, mask, MASKED)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _liq_kernel(
+    y_ptr, sum_ptr, v_ptr, tclip_ptr, w_ptr, mean_ptr, std_ptr, clip_ptr, n, inner, channels, levels, eps_bits,
+    KIND: tl.constexpr, HAS_V: tl.constexpr, HAS_TCLIP: tl.constexpr,
+    BLOCK: tl.constexpr, RUN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """KIND 0: y. 1: the gradient of w, and a partial sum of that of clip. 2: the tangent of y."""
+    eps = double_from_bits(eps_bits, clip_ptr.dtype.element_ty)
+    start = program(WIDE) * BLOCK
+    span = (start, n, inner, channels)
+    # Whole blocks carry no mask, so that their accesses are 16 bytes wide whatever n is.
+    if start + BLOCK <= n:
+        _block(y_ptr, sum_ptr, v_ptr, tclip_ptr, w_ptr, mean_ptr, std_ptr, clip_ptr, span, levels, eps,
+               KIND, HAS_V, HAS_TCLIP, BLOCK, RUN, False)  # fmt: skip
+    else:
+        _block(y_ptr, sum_ptr, v_ptr, tclip_ptr, w_ptr, mean_ptr, std_ptr, clip_ptr, span, levels, eps,
+               KIND, HAS_V, HAS_TCLIP, BLOCK, RUN, True)  # fmt: skip
+
+
+def _programs(w):
+    return triton.cdiv(w.numel(), _launch.block(w))
 
 
 def _launch_liq(kind, y, sums, v, tclip, w, mean, std, clip, levels, axis, eps):
-    grid, layout = grid_of(Scales.of(w, axis, 0))
+    scales, block = Scales.of(w, axis, 0), _launch.block(w)
     with _launch.on_device(w):
-        _liq_kernel[grid](
+        _liq_kernel[(_programs(w),)](
             _launch.raw(y), clip if sums is None else sums, _launch.raw(w if v is None else v),
             clip if tclip is None else tclip, _launch.raw(w), mean.contiguous(), std.contiguous(), clip,
-            *layout, levels, _launch.bits(eps), kind, v is not None, tclip is not None, BLOCK, **OPTIONS,
+            w.numel(), scales.inner, scales.channels, levels, _launch.bits(eps), kind, v is not None,
+            tclip is not None, block, scales.run(block), _launch.wide(w), **OPTIONS,
         )  # fmt: skip
 
 
@@ -83,13 +115,16 @@ def liq_moments(w: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]
     shape = () if axis < 0 else (w.shape[axis],)
     if not w.numel():
         return tuple(torch.zeros(shape, dtype=compute, device=w.device) for _ in range(2))
-    grid, layout = grid_of(Scales.of(w, axis, 0))
-    sums = partials(w, layout)
+    scales = Scales.of(w, axis, 0)
+    sums, count, of_scales = Sums(scales, w), scales.outer * scales.inner, (scales.inner, scales.channels)
+    part = sums.partials()
     with _launch.on_device(w):
-        _liq_moment_kernel[grid](sums, _launch.raw(w), sums, *layout, False, BLOCK, **OPTIONS)
-        mean = sums.sum(1) / layout[0]
-        _liq_moment_kernel[grid](sums, _launch.raw(w), mean, *layout, True, BLOCK, **OPTIONS)
-        std = (sums.sum(1) / max(layout[0] - 1, 1)).sqrt()
+        _liq_moment_kernel[sums.grid](
+            part, _launch.raw(w), part, *sums.layout, *of_scales, False, *sums.tile, **OPTIONS
+        )
+        mean = sums.join(part) / count
+        _liq_moment_kernel[sums.grid](part, _launch.raw(w), mean, *sums.layout, *of_scales, True, *sums.tile, **OPTIONS)
+        std = (sums.join(part) / max(count - 1, 1)).sqrt()
     return mean.to(compute).reshape(shape), std.to(compute).reshape(shape)
 
 
@@ -124,7 +159,7 @@ def liq_bwd(
     gw = torch.empty_like(w)
     if not w.numel():
         return gw, torch.zeros_like(clip)
-    sums = partials(w, grid_of(Scales.of(w, axis, 0))[1])
+    sums = torch.empty(_programs(w), dtype=torch.float64, device=w.device)
     _launch_liq(1, gw, sums, _launch.like(gy, w), None, w, mean, std, clip, levels, axis, eps)
     return gw, sums.sum().to(clip.dtype)
 
