@@ -205,27 +205,6 @@ struct Backward : Gradients<X, drawn>, ScaleGradients<compute_t<X>> {
   }
 };
 
-// The sum over the shares of delta's gradient.
-template <class C>
-struct Total {
-  using Compute = C;
-  static constexpr int sums = 1;
-  C* result;
-
-  __device__ __forceinline__ int group(int64_t) const { return 0; }
-
-  template <class T>
-  __device__ __forceinline__ static T combine(T a, T b) {
-    return a + b;
-  }
-
-  __device__ __forceinline__ void operator()(int, Sums<C, 1>& sum, C share) const { sum.v[0] = sum.v[0] + share; }
-
-  __device__ __forceinline__ void finish(int64_t, const Sums<double, 1>& sum) const {
-    *result = static_cast<C>(sum.v[0]);
-  }
-};
-
 template <class X, bool drawn>
 struct Tangent : Rule<X, drawn> {
   using C = compute_t<X>;
@@ -308,7 +287,7 @@ Workspace workspace_of(const Geometry& g, bool need_delta) {
   if (!need_delta) return w;
   const int64_t units = reduce_units<N>(g);
   w.shares = whole(units * static_cast<int64_t>(sizeof(C)));
-  w.totals = reduce_workspace<pack_width<C>, Total<C>>({1, 1, units});
+  w.totals = reduce_workspace<pack_width<C>, RowSum<C>>({1, 1, units});
   return w;
 }
 
@@ -349,7 +328,7 @@ ErrorCode launch_general_quantize_bwd(Pair pair, const Geometry& g, const Genera
         launch_reduce<pack>(g, Backward<X, decltype(drawn)::value>(quantizer, gs, gz, shares),
                             streams(input<Y>(gy), input<X>(x)), streams(output<X>(gx)), workspace, native(stream));
     if (error != cudaSuccess || !gd) return error;
-    return launch_reduce<pack_width<C>>({1, 1, reduce_units<pack>(g)}, Total<C>{output<C>(gd)},
+    return launch_reduce<pack_width<C>>({1, 1, reduce_units<pack>(g)}, RowSum<C>{output<C>(gd)},
                                         streams(input<C>(shares)), streams(), memory + parts.partials + parts.shares,
                                         native(stream));
   });

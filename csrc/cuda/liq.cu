@@ -112,24 +112,6 @@ struct Backward : Rule<C>, Shares<C> {
   }
 };
 
-// The sum over the shares, in the order of the channels.
-template <class C>
-struct Total : Sum<double> {
-  C* result;
-
-  explicit Total(void* to) : result(static_cast<C*>(to)) {}
-
-  __device__ __forceinline__ int group(int64_t) const { return 0; }
-
-  __device__ __forceinline__ void operator()(int, Sums<double, 1>& sum, double share) const {
-    sum.v[0] = sum.v[0] + share;
-  }
-
-  __device__ __forceinline__ void finish(int64_t, const Sums<double, 1>& sum) const {
-    *result = static_cast<C>(sum.v[0]);
-  }
-};
-
 // The mean of each channel, once in double for the second pass.
 template <class C>
 struct ToMean : Sum<double> {
@@ -203,7 +185,7 @@ Workspace workspace_of(const Geometry& g) {
   if (g.channels == 1) return w;
   w.shares = wide_channels(g);
   w.partials = ceil_div(w.partials, kAccess) * kAccess;
-  w.totals = reduce_workspace<pack_width<double>, Total<C>>({1, 1, g.channels});
+  w.totals = reduce_workspace<pack_width<double>, RowSum<double, C>>({1, 1, g.channels});
   return w;
 }
 
@@ -261,8 +243,9 @@ ErrorCode launch_liq_bwd(Pair pair, const Geometry& g, const LiqPoint& point, co
         launch_reduce<pack>(g, Backward<C>(point, shares, gclip), streams(input<Y>(gy), input<X>(w)),
                             streams(output<X>(gw)), partials, native(stream));
     if (error != cudaSuccess || !shares) return error;
-    return launch_reduce<pack_width<double>>({1, 1, g.channels}, Total<C>(gclip), streams(input<double>(shares)),
-                                             streams(), partials + parts.partials, native(stream));
+    return launch_reduce<pack_width<double>>({1, 1, g.channels}, RowSum<double, C>{output<C>(gclip)},
+                                             streams(input<double>(shares)), streams(), partials + parts.partials,
+                                             native(stream));
   });
 }
 

@@ -132,24 +132,6 @@ struct Gradient : Mixed<C> {
   }
 };
 
-// Row sums of by_channel: the gradients of the weights where there are many scales.
-template <class C>
-struct RowSum {
-  using Compute = C;
-  static constexpr int sums = 1;
-  C* result;
-
-  __device__ __forceinline__ int group(int64_t) const { return 0; }
-  template <class T>
-  __device__ __forceinline__ static T combine(T a, T b) {
-    return a + b;
-  }
-  __device__ __forceinline__ void operator()(int, Sums<C, 1>& sum, C v) const { sum.v[0] += v; }
-  __device__ __forceinline__ void finish(int64_t row, const Sums<double, 1>& sum) const {
-    result[row] = static_cast<C>(sum.v[0]);
-  }
-};
-
 // Calls f(number) with the least compiled number of candidates that holds `count`, as a constant.
 template <class F>
 auto with_most(int count, const F& f) {

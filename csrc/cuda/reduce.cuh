@@ -250,4 +250,25 @@ int64_t reduce_units(const Geometry& g) {
   return p.columns ? p.parts * (p.width / N) : p.parts * g.channels;
 }
 
+// Functor: the sums of the rows of a matrix [channels, inner] of C, to one Out each.
+template <class C, class Out = C>
+struct RowSum {
+  using Compute = C;
+  static constexpr int sums = 1;
+  Out* result;
+
+  __device__ __forceinline__ int group(int64_t) const { return 0; }
+
+  template <class T>
+  __device__ __forceinline__ static T combine(T a, T b) {
+    return a + b;
+  }
+
+  __device__ __forceinline__ void operator()(int, Sums<C, 1>& sum, C v) const { sum.v[0] = sum.v[0] + v; }
+
+  __device__ __forceinline__ void finish(int64_t row, const Sums<double, 1>& sum) const {
+    result[row] = static_cast<Out>(sum.v[0]);
+  }
+};
+
 }  // namespace fastflat::cuda
