@@ -256,7 +256,7 @@ def test_opcheck(name):
         torch.library.opcheck(
             getattr(ops, name).default,
             tuple(
-                a.transpose(0, -1) if isinstance(a, torch.Tensor) and a.shape == x.shape and not layout[1] else a
+                a.transpose(0, -1) if isinstance(a, torch.Tensor) and a.shape == x.shape and not place[1] else a
                 for a in args
             ),
         )
