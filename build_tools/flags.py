@@ -28,6 +28,14 @@ HOST = {
     "-Wextra": "warnings",
 }
 
+#: Loops for processors without a faster set: half the size. Compilers understand them in this order only.
+BASELINE = {
+    "-O2": "less unrolling than -O3",
+    "-ftree-vectorize": "which the vector loops need as much",
+    "-fvect-cost-model=dynamic": "also where the count of elements is known at run time only",
+    "--param=vect-epilogues-nomask=0": "no second, narrower vector loop for the last elements",
+}
+
 #: Sources that include torch.
 TORCH = {
     "-isystem{torch}/include": "torch's headers, without their warnings",

@@ -180,15 +180,25 @@ void group_elements(const GeneralGrid<C>& grid_, const GeneralQuantizeCall& call
   }
 }
 
-template <class C, bool floats, Noise noise, class Precision>
+template <class C, bool floats, Noise noise, class Precision, bool plain = false>
 struct Rule {
   static constexpr bool chained = noise == Noise::none && !floats;
+
+  static FASTFLAT_HD auto code(const GeneralGrid<C>& grid, Precision precision, NoiseScale<C> scalars, C x, C xi,
+                               const GeneralGroup<C>& g) {
+    if constexpr (plain) return grid.code_of_plain(x, xi, g, scalars, noise);
+    return grid.code(x, xi, g, scalars, floats, noise, precision);
+  }
 
   template <class GroupAt>
   static FASTFLAT_HD void forward_loop(const GeneralGrid<C>& grid, Precision precision, NoiseScale<C> scalars,
                                        const C* __restrict x, const C* __restrict xi, int64_t n, const GroupAt& at,
                                        C* __restrict y) {
-    for (int64_t i = 0; i < n; ++i) y[i] = grid.forward(x[i], xi[i], at(i), scalars, floats, noise, precision);
+    for (int64_t i = 0; i < n; ++i) {
+      const auto group = at(i);
+      const auto c = code(grid, precision, scalars, x[i], xi[i], group);
+      y[i] = grid.result(c, x[i], group, noise);
+    }
   }
 
   static void forward(const Walk<C>& walk, const C* x, const C* xi, int64_t n, C* y) {
@@ -213,7 +223,12 @@ struct Rule {
                                         C* __restrict outside, C* __restrict of_delta) {
     for (int64_t i = 0; i < n; ++i) {
       const auto group = at(i);
-      const auto c = grid.code(x[i], xi[i], group, scalars, floats, noise, precision);
+      const auto c = code(grid, precision, scalars, x[i], xi[i], group);
+      if constexpr (plain && !all) {
+        gx[i] = keep<C>(c.in, gy[i]);
+        scale[i] = gy[i] * (c.d - keep<C>(c.in, c.u));
+        continue;
+      }
       const auto d = grid.backward(gy[i], x[i], c, group, delta, chained, precision);
       gx[i] = d.x;
       scale[i] = d.scale;
@@ -250,7 +265,7 @@ struct Rule {
     const NoiseScale<C> scalars = walk.scalars;
     const Precision precision = precision_of<C, Precision>(walk.call);
     const auto element = [&](int64_t i, const GeneralGroup<C>& g, C ts, C tz) __attribute__((always_inline)) {
-      const auto c = grid.code(x[i], xi[i], g, scalars, floats, noise, precision);
+      const auto c = code(grid, precision, scalars, x[i], xi[i], g);
       ty[i] = grid.tangent(tx[i], ts, tz, c, g);
     };
     if (groups.uniform) {
@@ -290,6 +305,12 @@ const Kind<C>& kind_of(const GeneralQuantizeCall& call) {
     }
   }
   const Noise noise = call.drawn ? noise_of(call.rules) : Noise::none;
+  if constexpr (sizeof(C) == 4) {
+    if (call.drawn && GeneralGrid<C>::is_plain(call.qmax, call.rules, call.zero_point != nullptr)) {
+      if (noise == Noise::additive) return Rule<C, false, Noise::additive, Exact, true>::kind;
+      return Rule<C, false, Noise::stochastic, Exact, true>::kind;
+    }
+  }
   return GeneralGrid<C>::floats(call.rules) ? kind_by_noise<C, true>(noise) : kind_by_noise<C, false>(noise);
 }
 

@@ -5,11 +5,11 @@
 // Counters drawn at once: two vectors of AVX2, one of AVX-512.
 constexpr int noise_blocks = 16;
 
+// The words of consecutive blocks, four a block.
 struct NoiseWords {
-  uint32_t w0[noise_blocks], w1[noise_blocks], w2[noise_blocks], w3[noise_blocks];
+  alignas(32) uint32_t of[4 * noise_blocks];
 };
 
-// The words of consecutive blocks.
 #if (defined(FASTFLAT_ISA_AVX2) || defined(FASTFLAT_ISA_AVX512)) && !defined(__clang__)
 // g++ shuffles around the widening multiplication. In 64-bit lanes it is one instruction that ignores the high
 // halves, so that they may hold anything until the words are stored.
@@ -44,24 +44,23 @@ inline __attribute__((always_inline)) void draw_words(const PhiloxState& state, 
     key0 += philox_step0;
     key1 += philox_step1;
   }
-  uint64_t words[4][noise_blocks];
-  std::memcpy(words[0], c0, sizeof(c0));
-  std::memcpy(words[1], c1, sizeof(c1));
-  std::memcpy(words[2], c2, sizeof(c2));
-  std::memcpy(words[3], c3, sizeof(c3));
-  for (int i = 0; i < noise_blocks; ++i) out.w0[i] = static_cast<uint32_t>(words[0][i]);
-  for (int i = 0; i < noise_blocks; ++i) out.w1[i] = static_cast<uint32_t>(words[1][i]);
-  for (int i = 0; i < noise_blocks; ++i) out.w2[i] = static_cast<uint32_t>(words[2][i]);
-  for (int i = 0; i < noise_blocks; ++i) out.w3[i] = static_cast<uint32_t>(words[3][i]);
+  for (int v = 0; v < vectors; ++v) {
+    // Words 0 and 1 of a block side by side, words 2 and 3 likewise; then the blocks one after the other.
+    const Lanes low = Lanes{} + 0xffffffffu;
+    const Lanes first = (c0[v] & low) | (c1[v] << 32), second = (c2[v] & low) | (c3[v] << 32);
+    const Lanes blocks[2] = {__builtin_shuffle(first, second, Lanes{0, 4, 1, 5}),
+                             __builtin_shuffle(first, second, Lanes{2, 6, 3, 7})};
+    std::memcpy(out.of + 16 * v, blocks, sizeof(blocks));
+  }
 }
 #else
 inline __attribute__((always_inline)) void draw_words(const PhiloxState& state, uint64_t block, NoiseWords& out) {
   for (int i = 0; i < noise_blocks; ++i) {
     const PhiloxWords w = philox(state, block + static_cast<uint64_t>(i));
-    out.w0[i] = w.w0;
-    out.w1[i] = w.w1;
-    out.w2[i] = w.w2;
-    out.w3[i] = w.w3;
+    out.of[4 * i + 0] = w.w0;
+    out.of[4 * i + 1] = w.w1;
+    out.of[4 * i + 2] = w.w2;
+    out.of[4 * i + 3] = w.w3;
   }
 }
 #endif
@@ -73,16 +72,9 @@ struct UniformFill {
                                                            float* __restrict out) {
     NoiseWords words;
     draw_words(state, block, words);
-    for (int i = 0; i < noise_blocks; ++i) {
-      out[8 * i + 0] = uniform_value(words.w0[i] & 0xffffu);
-      out[8 * i + 1] = uniform_value(words.w0[i] >> 16);
-      out[8 * i + 2] = uniform_value(words.w1[i] & 0xffffu);
-      out[8 * i + 3] = uniform_value(words.w1[i] >> 16);
-      out[8 * i + 4] = uniform_value(words.w2[i] & 0xffffu);
-      out[8 * i + 5] = uniform_value(words.w2[i] >> 16);
-      out[8 * i + 6] = uniform_value(words.w3[i] & 0xffffu);
-      out[8 * i + 7] = uniform_value(words.w3[i] >> 16);
-    }
+    uint16_t bits[8 * noise_blocks];
+    std::memcpy(bits, words.of, sizeof(bits));
+    for (int i = 0; i < 8 * noise_blocks; ++i) out[i] = uniform_value(bits[i]);
   }
 };
 
@@ -93,20 +85,22 @@ struct NormalFill {
                                                            float* __restrict out) {
     NoiseWords words;
     draw_words(state, block, words);
-    for (int i = 0; i < noise_blocks; ++i) {
-      const NormalPair a = normal_pair(words.w0[i], words.w1[i]);
-      const NormalPair b = normal_pair(words.w2[i], words.w3[i]);
-      out[4 * i + 0] = a.even;
-      out[4 * i + 1] = a.odd;
-      out[4 * i + 2] = b.even;
-      out[4 * i + 3] = b.odd;
+    float even[2 * noise_blocks], odd[2 * noise_blocks];
+    for (int i = 0; i < 2 * noise_blocks; ++i) {
+      const NormalPair pair = normal_pair(words.of[2 * i], words.of[2 * i + 1]);
+      even[i] = pair.even;
+      odd[i] = pair.odd;
+    }
+    for (int i = 0; i < 2 * noise_blocks; ++i) {
+      out[2 * i] = even[i];
+      out[2 * i + 1] = odd[i];
     }
   }
 };
 
 // Draws of the elements [first, first + count) to `out`; first is a multiple of 8.
 template <class Fill>
-inline void fill_noise(const PhiloxState& state, uint64_t first, int64_t count, float* __restrict out) {
+__attribute__((noinline)) void fill_noise(const PhiloxState& state, uint64_t first, int64_t count, float* __restrict out) {
   constexpr int64_t unit = noise_blocks * Fill::per_block;
   uint64_t block = first / Fill::per_block;
   for (; count >= unit; count -= unit, out += unit, block += noise_blocks) Fill::blocks(state, block, out);

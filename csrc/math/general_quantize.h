@@ -125,6 +125,28 @@ struct GeneralGrid {
     Mask kept;
   };
 
+  // Whether code_of_plain may stand in for code: an integer grid whose only rule is its noise.
+  FASTFLAT_HD static bool is_plain(int64_t qmax, int64_t rules, bool has_zero_point) {
+    const int64_t noises = rules::noise_uniform | rules::noise_normal | rules::round_stochastic;
+    return (rules & noises) != 0 && IntegerGrid<C>::is_plain(qmax, rules & ~noises, has_zero_point);
+  }
+
+  // What of code the commonest noisy forms have use for, with the same bits; additive noise or stochastic rounding.
+  FASTFLAT_HD Code code_of_plain(C x, C draw, const GeneralGroup<C>& g, const NoiseScale<C>& scale, Noise noise) const {
+    Code c;
+    c.kept = 0;
+    const C xi = draw - scale.shift;
+    c.u = x / g.s;
+    const C w = noise == Noise::additive ? c.u + scale.nu * xi : c.u;
+    const C r = noise == Noise::additive ? w : rounded(w, xi, noise);
+    // This clamp keeps NaN, and a -0 that meets qmin = 0, which the last addition mends.
+    const C lifted = r < base.qmin ? base.qmin : r;
+    c.d = (lifted > base.qmax ? base.qmax : lifted) + (base.qmin == C(0) ? C(0) : -C(0));
+    c.e = c.u - c.d;
+    c.in = mask_of<C>((w >= base.qmin) & (w <= base.qmax));
+    return c;
+  }
+
   // `floats` and `noise` follow from the rules; callers that know them at compile time pass constants.
   template <class Precision = Exact>
   FASTFLAT_HD Code code(C x, C draw, const GeneralGroup<C>& g, const NoiseScale<C>& scale, bool floats, Noise noise,
@@ -180,7 +202,10 @@ struct GeneralGrid {
   template <class Precision = Exact>
   FASTFLAT_HD C forward(C x, C draw, const GeneralGroup<C>& g, const NoiseScale<C>& scale, bool floats, Noise noise,
                         Precision precision = {}) const {
-    const Code c = code(x, draw, g, scale, floats, noise, precision);
+    return result(code(x, draw, g, scale, floats, noise, precision), x, g, noise);
+  }
+
+  FASTFLAT_HD C result(const Code& c, C x, const GeneralGroup<C>& g, Noise noise) const {
     const C y = c.d * g.s;
     if (noise == Noise::none) return y / g.out;
     return noise == Noise::bypass ? choose(c.kept, x, y) : y;
