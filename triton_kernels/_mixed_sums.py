@@ -122,9 +122,11 @@ def _mixquant_bwd_weight_kernel(gw_ptr, part_ptr, programs, PARTS: tl.constexpr)
     tl.store(gw_ptr + j, tl.sum(total, 0).to(gw_ptr.dtype.element_ty))
 
 
-def options(most: int) -> dict:
-    """Launch options: eight candidates with scales that alternate need the registers of twice the threads."""
-    return {**OPTIONS, "num_warps": 8} if most == 8 else OPTIONS
+def options(most: int, plan: Plan | None = None) -> dict:
+    """Launch options. Twice the threads where four warps would run out of registers: with eight candidates, on the
+    large tiles of the columns form, and where rows off the grid of accesses are addressed element by element."""
+    many = most == 8 or (plan is not None and (plan.tile_rows * plan.tile_columns > _launch.BLOCK or plan.align == 1))
+    return {**OPTIONS, "num_warps": 8} if many else OPTIONS
 
 
 def plan_of(scales: Scales, vector: int, block: int) -> Plan:
@@ -163,7 +165,7 @@ def backward(
         _launch.raw(gx), gs_part, gw_part, _launch.raw(gy), _launch.raw(x), *mixture,
         plan.rows, plan.columns // plan.align, scales.inner, scales.channels, plan.chunks, count, eps_bits,
         rules, most, plan.by_rows, plan.tile_rows, plan.tile_columns, plan.align,
-        _launch.wide(x), **options(most),
+        _launch.wide(x), **options(most, plan),
     )  # fmt: skip
     tile = finish_tile(scales.channels)
     _mixquant_bwd_scale_kernel[(triton.cdiv(scales.channels, tile[0]), count)](

@@ -258,7 +258,9 @@ def bitplane_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     gw, p, q, m = (t.contiguous() for t in (gw, p, q, m))
     gp, gq, gm, gs = (torch.empty_like(t) for t in (p, q, m, scale))
-    n, block, align = _sizes(p, gw)
+    n, _, align = _sizes(p, gw)
+    # Beside two gradients and a sum, a thread has registers for one access of the narrowest tensor.
+    block = 32 * OPTIONS["num_warps"] * _launch.vector(p, gw)
     planes, blocks = p.shape[0], triton.cdiv(n, block)
     steps = triton.cdiv(blocks, _PIECES)
     pieces = triton.cdiv(blocks, steps) if blocks else 0

@@ -120,7 +120,7 @@ def liq_moments(w: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]
     part = sums.partials()
     with _launch.on_device(w):
         _liq_moment_kernel[sums.grid](
-            part, _launch.raw(w), part, *sums.layout, *of_scales, False, *sums.tile, **OPTIONS
+            part, _launch.raw(w), part[:0], *sums.layout, *of_scales, False, *sums.tile, **OPTIONS
         )
         mean = sums.join(part) / count
         _liq_moment_kernel[sums.grid](part, _launch.raw(w), mean, *sums.layout, *of_scales, True, *sums.tile, **OPTIONS)

@@ -87,22 +87,44 @@ struct Tangent : Mixed<C> {
   }
 };
 
-// Sums of up to `most` candidates in registers: 2 j of the scale, 2 j + 1 of the weight.
+// Sums over the elements of a scale, one for each of up to `most` candidates.
 template <class C, int most>
-struct Gradient : Mixed<C> {
-  static constexpr int sums = 2 * most;
-  // The sums of all candidates stay in registers: fewer blocks at once leave room for them.
-  static constexpr int blocks_at_once = 1, column_blocks_at_once = 1;
+struct ScaleGradients : Mixed<C> {
+  static constexpr int sums = most;
   C* gs;
-  C* by_channel;  // [count, channels]: what each scale's elements add to the gradients of the weights
 
-  Gradient(const Mixture& m, const Geometry& g, void* scale_gradient, void* weight_gradients)
-      : Mixed<C>(m, g), gs(static_cast<C*>(scale_gradient)), by_channel(static_cast<C*>(weight_gradients)) {}
+  ScaleGradients(const Mixture& m, const Geometry& g, void* scale_gradient)
+      : Mixed<C>(m, g), gs(static_cast<C*>(scale_gradient)) {}
+
+  __device__ __forceinline__ int used() const { return this->count; }
 
   template <class T>
   __device__ __forceinline__ static T combine(T a, T b) {
     return a + b;
   }
+
+  __device__ __forceinline__ void finish(int64_t channel, const Sums<double, most>& sum) const {
+#pragma unroll
+    for (int j = 0; j < most; ++j) {
+      if (j >= this->count) break;
+      gs[j * this->channels + channel] = mixture_scale_gradient(
+          static_cast<C>(sum.v[j]), load_parameter(this->weight, j), load_parameter(this->factor, j));
+    }
+  }
+};
+
+// Sum j belongs to the scale of candidate j, sum most + j to its weight, which all scales share.
+template <class C, int most>
+struct Gradient : ScaleGradients<C, most> {
+  using Finish = ScaleGradients<C, most>;
+  static constexpr int sums = 2 * most;
+  // The sums of all candidates stay in registers: fewer blocks at once leave room for them.
+  static constexpr int blocks_at_once = 1, column_blocks_at_once = 1;
+  C* shares;  // [count, units]: what each piece of the data adds to the gradients of the weights
+  int64_t units;
+
+  Gradient(const Mixture& m, const Geometry& g, void* scale_gradient, C* to, int64_t pieces)
+      : Finish(m, g, scale_gradient), shares(to), units(pieces) {}
 
   template <class Y, class X>
   __device__ __forceinline__ void operator()(int64_t channel, Sums<C, sums>& sum, Y gy_, X x, X& gx) const {
@@ -113,21 +135,19 @@ struct Gradient : Mixed<C> {
       if (j >= this->count) break;
       this->one(j, channel, load(x), [&](int, const auto& term, C) {
         pass += term.pass;
-        sum.v[2 * j] += gy * term.by_scale;
-        sum.v[2 * j + 1] += gy * term.value;
+        sum.v[j] += gy * term.by_scale;
+        sum.v[most + j] += gy * term.value;
       });
     }
     gx = store<X>(passed(gy, pass));
   }
 
-  __device__ __forceinline__ void finish(int64_t channel, const Sums<double, sums>& sum) const {
+  __device__ __forceinline__ void total(int64_t unit, const Sums<C, sums>& sum) const {
 #pragma unroll
     for (int j = 0; j < most; ++j) {
       if (j >= this->count) break;
-      const int64_t at = j * this->channels + channel;
-      gs[at] = mixture_scale_gradient(static_cast<C>(sum.v[2 * j]), load_parameter(this->weight, j),
-                                      load_parameter(this->factor, j));
-      by_channel[at] = static_cast<C>(sum.v[2 * j + 1]);
+      shares[j * units + unit] = sum.v[most + j];
+      platform::count_written(sizeof(C));
     }
   }
 };
@@ -139,26 +159,21 @@ auto with_most(int count, const F& f) {
   return f(std::integral_constant<int, most_candidates>{});
 }
 
-// How the workspace of the backward is cut.
-struct Cut {
-  int64_t partials;    // of the sums over elements
-  int64_t by_channel;  // of the weights' gradients
-  int64_t rows;        // of their row sums
-
-  int64_t total() const { return partials + by_channel + rows; }
+// Parts of the backward's workspace, in bytes: partial sums, shares of the weights' gradients, partial sums of those.
+struct Workspace {
+  int64_t partials, shares, totals;
 };
 
-int64_t rounded(int64_t bytes) { return ceil_div(bytes, kAccess) * kAccess; }
-Geometry rows_of(const Geometry& g, int count) { return {1, count, g.channels}; }
-
 template <class X, class Y>
-Cut cut_workspace(const Geometry& g, int count) {
+Workspace workspace_of(const Geometry& g, int count) {
   using C = compute_t<X>;
-  const int64_t partials = with_most(
-      count, [&](auto most) { return reduce_workspace<pack_width<X, Y>, Gradient<C, decltype(most)::value>>(g); });
-  if (g.channels == 1) return {rounded(partials), 0, 0};
-  return {rounded(partials), rounded(count * g.channels * static_cast<int64_t>(sizeof(C))),
-          reduce_workspace<pack_width<C>, RowSum<C>>(rows_of(g, count))};
+  constexpr int pack = pack_width<X, Y>;
+  const auto whole = [](int64_t bytes) { return ceil_div(bytes, kAccess) * kAccess; };
+  const int64_t units = reduce_units<pack>(g);
+  const int64_t partials =
+      with_most(count, [&](auto most) { return reduce_workspace<pack, Gradient<C, decltype(most)::value>>(g); });
+  return {whole(partials), whole(count * units * static_cast<int64_t>(sizeof(C))),
+          reduce_workspace<pack_width<C>, RowSum<C>>({1, count, units})};
 }
 
 }  // namespace
@@ -179,25 +194,27 @@ ErrorCode launch_mixquant_bwd(Pair pair, const Geometry& g, const Mixture& mixtu
     using X = type_of<decltype(data)>;
     using Y = type_of<decltype(result)>;
     using C = compute_t<X>;
-    const Cut cut = cut_workspace<X, Y>(g, mixture.count);
-    char* const bytes = static_cast<char*>(workspace);
-    C* const by_channel = g.channels == 1 ? output<C>(gw) : output<C>(bytes + cut.partials);
-    const cudaError_t error = with_most(mixture.count, [&](auto most) {
-      return launch_reduce<pack_width<X, Y>>(g, Gradient<C, decltype(most)::value>(mixture, g, gs, by_channel),
-                                             streams(input<Y>(gy), input<X>(x)), streams(output<X>(gx)),
-                                             cut.partials ? bytes : nullptr, native(stream));
+    constexpr int pack = pack_width<X, Y>;
+    const int count = mixture.count;
+    const Workspace parts = workspace_of<X, Y>(g, count);
+    const int64_t units = reduce_units<pack>(g);
+    auto* const memory = static_cast<char*>(workspace);
+    auto* const shares = output<C>(memory + parts.partials);
+    const cudaError_t error = with_most(count, [&](auto most) {
+      return launch_reduce<pack>(g, Gradient<C, decltype(most)::value>(mixture, g, gs, shares, units),
+                                 streams(input<Y>(gy), input<X>(x)), streams(output<X>(gx)), memory, native(stream));
     });
-    if (error != cudaSuccess || g.channels == 1) return error;
-    return launch_reduce<pack_width<C>>(rows_of(g, mixture.count), RowSum<C>{output<C>(gw)},
-                                        streams(static_cast<const C*>(by_channel)), streams(),
-                                        cut.rows ? bytes + cut.partials + cut.by_channel : nullptr, native(stream));
+    if (error != cudaSuccess) return error;
+    return launch_reduce<pack_width<C>>({1, count, units}, RowSum<C>{output<C>(gw)}, streams(input<C>(shares)),
+                                        streams(), memory + parts.partials + parts.shares, native(stream));
   });
 }
 
 int64_t mixquant_bwd_workspace(Pair pair, const Geometry& g, int count) {
   int64_t bytes = 0;
   with_types(pair, [&](auto data, auto result) {
-    bytes = cut_workspace<type_of<decltype(data)>, type_of<decltype(result)>>(g, count).total();
+    const Workspace parts = workspace_of<type_of<decltype(data)>, type_of<decltype(result)>>(g, count);
+    bytes = parts.partials + parts.shares + parts.totals;
     return cudaSuccess;
   });
   return bytes;

@@ -14,6 +14,7 @@
 //                                                                       kernel; of K sums it may leave out the last,
 //                                                                       which then go over all scales:
 //   void total(int64_t unit, const Sums<Compute, K>&) const             called once for each of reduce_units() pieces
+//   int used() const                                                    how many of Finish's sums are in use: the first
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -37,6 +38,15 @@ struct FinishOf<F> {
 };
 template <class F>
 using finish_of = typename FinishOf<F>::type;
+
+template <class F>
+__device__ __forceinline__ int used_sums(const F& f) {
+  if constexpr (requires { f.used(); }) {
+    return f.used();
+  } else {
+    return finish_of<F>::sums;
+  }
+}
 
 // Combines over the threads of a team (a power of two up to a warp, or all threads of the block); each of them gets the
 // result. One call a kernel: the shared array is not guarded for reuse.
@@ -112,6 +122,7 @@ __global__ void __launch_bounds__(kBlock, blocks_at_once<F>)
   } else {
 #pragma unroll
     for (int k = 0; k < of_scale; ++k) {
+      if (k >= used_sums(f)) break;
       partials[k * p.partials() + part * p.width + channel] = sums.v[k];
       platform::count_written(sizeof(sums.v[k]));
     }
@@ -119,15 +130,19 @@ __global__ void __launch_bounds__(kBlock, blocks_at_once<F>)
 }
 
 // Scales that alternate along memory (channels last, short runs): a thread owns N neighbouring columns of the matrix
-// [rows, width], whose scales never change, and walks down its share of the rows.
+// [rows, width], whose scales never change, and walks down its share of the rows. Sums over all scales are formed row
+// by row, so that they cost one register each, and joined over the block.
 template <int N, class F, class In, class Out>
 __global__ void __launch_bounds__(kBlock, column_blocks_at_once<F>)
     reduce_columns_kernel(int64_t n, Geometry g, ReducePlan p, F f, In in, Out out, typename F::Compute* partials) {
   using C = typename F::Compute;
+  constexpr int of_scale = finish_of<F>::sums;
+  constexpr bool totals = of_scale < F::sums;
   const int64_t column_blocks = ceil_div(p.width, kBlock * N);
   const int64_t part = blockIdx.x / column_blocks;
   const int64_t column = (blockIdx.x % column_blocks * kBlock + threadIdx.x) * N;
-  if (column >= p.width) return;
+  const bool busy = column < p.width;
+  if (!totals && !busy) return;
   decltype(compact_group(f, 0)) group[N];
   Position position = Locator(g, column).base;
 #pragma unroll
@@ -135,30 +150,40 @@ __global__ void __launch_bounds__(kBlock, column_blocks_at_once<F>)
     group[i] = compact_group(f, position.channel);
     position.advance(g);
   }
-  Sums<C, F::sums> sums[N]{};
+  Sums<C, of_scale> sums[N]{};
+  Sums<C, F::sums> total{};
   const Range all{0, n};
   open(f);
-  for (int64_t row = part * p.rows; row < (part + 1) * p.rows; ++row) {
+  const int64_t last = busy ? (part + 1) * p.rows : 0;
+  for (int64_t row = part * p.rows; row < last; ++row) {
     const int64_t at = row * p.width + column;
     if (at >= all.end) break;
     const auto loaded = load_packs<N>(in, at, all);
     const auto own = pack_of<N>(f, at);
     packs_of<N, Out> result;
+    Sums<C, F::sums> of_row{};
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (all.holds(at + i)) apply(f, i, loaded, result, own, group[i], sums[i]);
+      if (!all.holds(at + i)) continue;
+#pragma unroll
+      for (int k = 0; k < of_scale; ++k) of_row.v[k] = sums[i].v[k];
+      apply(f, i, loaded, result, own, group[i], of_row);
+#pragma unroll
+      for (int k = 0; k < of_scale; ++k) sums[i].v[k] = of_row.v[k];
     }
+#pragma unroll
+    for (int k = of_scale; k < F::sums; ++k) total.v[k] = F::combine(total.v[k], of_row.v[k]);
     store_packs(out, at, all, result);
   }
-  constexpr int of_scale = finish_of<F>::sums;
-  if constexpr (of_scale < F::sums) {
-    auto total = sums[0];
+  if constexpr (totals) {
+    Sums<C, F::sums - of_scale> of_block;
 #pragma unroll
-    for (int k = of_scale; k < F::sums; ++k) {
+    for (int k = of_scale; k < F::sums; ++k) of_block.v[k - of_scale] = total.v[k];
+    combine_team<F>(of_block, kBlock);
 #pragma unroll
-      for (int i = 1; i < N; ++i) total.v[k] = F::combine(total.v[k], sums[i].v[k]);
-    }
-    f.total(part * (p.width / N) + column / N, total);
+    for (int k = of_scale; k < F::sums; ++k) total.v[k] = of_block.v[k - of_scale];
+    if (threadIdx.x == 0) f.total(blockIdx.x, total);
+    if (!busy) return;
   }
   if (p.direct(g)) {
 #pragma unroll
@@ -167,6 +192,7 @@ __global__ void __launch_bounds__(kBlock, column_blocks_at_once<F>)
   }
 #pragma unroll
   for (int k = 0; k < of_scale; ++k) {
+    if (k >= used_sums(f)) break;
     Pack<C, N> row;
 #pragma unroll
     for (int i = 0; i < N; ++i) row.v[i] = sums[i].v[k];
@@ -192,6 +218,7 @@ __global__ void __launch_bounds__(kBlock)
     const int64_t at = (period * g.channels + channel) * inner + t % inner;
 #pragma unroll
     for (int k = 0; k < F::sums; ++k) {
+      if (k >= used_sums(f)) break;
       sums.v[k] = F::combine(sums.v[k], static_cast<double>(partials[k * p.partials() + at]));
       platform::count_read(sizeof(partials[0]));
     }
@@ -247,7 +274,7 @@ template <int N>
 int64_t reduce_units(const Geometry& g) {
   if (g.numel() == 0) return 0;
   const ReducePlan p = plan_reduce(g, N);
-  return p.columns ? p.parts * (p.width / N) : p.parts * g.channels;
+  return p.parts * (p.columns ? ceil_div(p.width, kBlock * N) : g.channels);
 }
 
 // Functor: the sums of the rows of a matrix [channels, inner] of C, to one Out each.

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -27,17 +28,20 @@ from fastflat.audit import _calls
 SLACK = 1.05
 #: Layouts: shape, axis, group. Large enough that partial sums do not count, small enough to interpret in seconds.
 PLACES = {
-    "tensor": ((1 << 16,), -1, 0),
-    "rows": ((48, 1152), 0, 0),
-    "images": ((64, 16, 8, 8), 1, 0),
-    "columns": ((1024, 64), 1, 0),
-    "groups": ((64, 1024), -1, 32),
+    "tensor": ((1 << 15,), -1, 0),
+    "rows": ((24, 1152), 0, 0),
+    "images": ((64, 8, 8, 8), 1, 0),
+    "columns": ((512, 64), 1, 0),
+    "groups": ((32, 1024), -1, 32),
 }
 #: CUDA kernels give a small matrix more partial sums than its size would allow: measure a large one.
 _LARGE = {"columns": ((1 << 16, 64), 1, 0)}
-#: Arguments of Triton kernels that hold one value a scale, or a call: they stay in the caches.
-_PARAMETERS = ("scale_ptr", "zero_ptr", "ts_ptr", "tz_ptr", "state_ptr", "nu_ptr", "a_ptr", "delta_ptr")
+#: Arguments of Triton kernels that hold one value a scale, or a call, and are made on the way: they stay in the caches
+#: like the op's own arguments of that size. The table of a list of tensors has a row of 88 bytes for each.
+_PARAMETERS = ("scale_ptr", "about_ptr", "alpha_ptr", "k_ptr", "tensors")
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+#: Where Triton kernels are interpreted in fp32, too: tiles are those of bf16, beside which partial sums count for more.
+_ALSO_FP32 = ("tensor", "columns")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +60,13 @@ class Traffic:
         return [f"{self.moved:.3f} bytes an element, the least is {self.least:.3f} and {SLACK} times that the limit"]
 
 
-def cases(places: dict = PLACES) -> Iterator[tuple[str, str, tuple, float, torch.Tensor]]:
-    """Name, op, arguments, least bytes per element, and x."""
+def cases(places: dict, fp32: Iterable[str]) -> Iterator[tuple[str, str, tuple, float, torch.Tensor]]:
+    """Name, op, arguments, least bytes per element, and x; on all `places` in bf16, on some of them in fp32."""
     torch.manual_seed(0)
     for type_name, dtype in _TYPES.items():
         for place, (shape, axis, group) in places.items():
+            if dtype == torch.float32 and place not in fp32:
+                continue
             x = torch.randn(shape).to(dtype)
             for op in _ops.OPS.values():
                 for arguments, streams in _calls.of(op).measured(op.name, place, x, axis, group):
@@ -73,7 +79,7 @@ def emulated(root: Path) -> list[Traffic]:
     shim = _load("fastflat_emulated", root / "tests" / "emulator" / "emulated.py")
     module = _load("fastflat_emulator", build.build("fastflat_emulator"))
     ops, found = shim.Emulated(module), []
-    for name, op, arguments, least, x in cases({**PLACES, **_LARGE}):
+    for name, op, arguments, least, x in cases({**PLACES, **_LARGE}, PLACES):
         module.take_counts()
         getattr(ops, op)(*arguments)
         counts = module.take_counts()
@@ -112,7 +118,7 @@ def interpret() -> None:
 
     from fastflat.audit import _triton
 
-    moved, parameters = 0, []
+    moved, parameters, given = 0, [], []
 
     def counting(method, position):
         def counted(self, pointers, *rest):
@@ -130,7 +136,7 @@ def interpret() -> None:
         def launched(self, *args, **options):
             named = zip(self.arg_names, args, strict=False)
             small = [t for name, t in named if name in _PARAMETERS and isinstance(t, torch.Tensor)]
-            parameters[:] = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in small]
+            parameters[:] = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in [*given, *small]]
             return method(self, *args, **options)
 
         return launched
@@ -141,8 +147,10 @@ def interpret() -> None:
     builder.create_masked_store = counting(builder.create_masked_store, 1)
     executor.__call__ = launching(executor.__call__)
     rows = []
-    for name, op, arguments, least, x in cases():
+    for name, op, arguments, least, x in cases(PLACES, _ALSO_FP32):
         moved = 0
+        tensors = itertools.chain.from_iterable(a if isinstance(a, list) else [a] for a in arguments)
+        given[:] = [t for t in tensors if isinstance(t, torch.Tensor) and t.numel() < x.numel()]
         getattr(_triton.family(_ops.OPS[op].family), op)(*arguments)
         rows.append(Traffic(f"triton/{name}", _ops.OPS[op].family, "triton", moved / x.numel(), least))
     print(json.dumps([dataclasses.asdict(row) for row in rows]))

@@ -26,8 +26,6 @@ def compiled(op: str, place: str, shape, axis: int, group: int, dtype: torch.dty
 
 
 def measured(op: str, place: str, x: torch.Tensor, axis: int, group: int) -> Iterator[tuple[tuple, int]]:
-    if place == "columns":
-        return  # the map reads a scale an element through addresses, which the count takes for data
     # One tensor: traffic is counted by its elements, and a list only repeats it.
     scale = torch.full(_ops.scale_shape(x.shape, axis, group), 0.3)
     grids = [[value] for value in (-8, 7, axis, group, TINY, 0)]
