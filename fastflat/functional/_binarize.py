@@ -43,7 +43,7 @@ def binarize(
     the symmetric second derivative ``y''(u, v) = m (u A(v) + v A(u))``, ``A(v) = sum(h sign(x) v) / sum h``, without
     `through_alpha` 0. importance is a constant and has no gradient. Kept for backward: x, importance and alpha.
 
-    alpha is a quotient of sums whose order depends on shape and dtype only; backends agree on it to 1e-6 of its value
+    alpha is a quotient of sums whose order depends on shape and dtype only; backends agree on it to 4e-6 of its value
     (fp64: 1e-14), and y follows from alpha bit for bit.
 
     Args:

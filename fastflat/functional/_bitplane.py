@@ -35,10 +35,10 @@ def bitplane(
         bit(t) = sigmoid(beta t)       hard_weights: 1{t > 0}
         M_b    = sigmoid(beta m_b)     hard_mask:    1{m_b > 0}
 
-    A latent of exactly 0 is no hard bit. With both hard, w is ``step * bitplane_codes(p, q, m)`` with
-    ``step = scale / (2^N - 1)``, rounded once. Arithmetic runs in fp32 (fp64 for fp64 planes) and is rounded once to
-    the storage type; all backends give the same bits. No tensor of the planes' size is made on the way and autograd
-    keeps p, q, m, scale and beta only.
+    beta t is held within +-43 (+-353 in fp64), where the bit is 0 or 1 within 1e-18. A latent of exactly 0 is no hard
+    bit. With both hard, w is ``step * bitplane_codes(p, q, m)`` with ``step = scale / (2^N - 1)``, rounded once.
+    Arithmetic runs in fp32 (fp64 for fp64 planes) and is rounded once to the storage type; all backends give the same
+    bits. No tensor of the planes' size is made on the way and autograd keeps p, q, m, scale and beta only.
 
     Gradients (smooth; nothing is straight-through)::
 
