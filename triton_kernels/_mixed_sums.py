@@ -124,8 +124,9 @@ def _mixquant_bwd_weight_kernel(gw_ptr, part_ptr, programs, PARTS: tl.constexpr)
 
 def options(most: int, plan: Plan | None = None) -> dict:
     """Launch options. Twice the threads where four warps would run out of registers: with eight candidates, on the
-    large tiles of the columns form, and where rows off the grid of accesses are addressed element by element."""
-    many = most == 8 or (plan is not None and (plan.tile_rows * plan.tile_columns > _launch.BLOCK or plan.align == 1))
+    large tiles of the columns form, and in fp64, whose tiles are the small ones, where rows are not aligned."""
+    tile = plan.tile_rows * plan.tile_columns if plan else _launch.BLOCK
+    many = most == 8 or tile > _launch.BLOCK or (tile < _launch.BLOCK and plan.align == 1)
     return {**OPTIONS, "num_warps": 8} if many else OPTIONS
 
 

@@ -259,8 +259,8 @@ def bitplane_bwd(
     gw, p, q, m = (t.contiguous() for t in (gw, p, q, m))
     gp, gq, gm, gs = (torch.empty_like(t) for t in (p, q, m, scale))
     n, _, align = _sizes(p, gw)
-    # Beside two gradients and a sum, a thread has registers for one access of the narrowest tensor.
-    block = 32 * OPTIONS["num_warps"] * _launch.vector(p, gw)
+    # Beside two gradients and a sum, a thread has registers for one access of the narrowest tensor; in fp64 for two.
+    block = max(_launch.BLOCK // 2, 32 * OPTIONS["num_warps"] * _launch.vector(p, gw))
     planes, blocks = p.shape[0], triton.cdiv(n, block)
     steps = triton.cdiv(blocks, _PIECES)
     pieces = triton.cdiv(blocks, steps) if blocks else 0
