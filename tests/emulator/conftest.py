@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +12,8 @@ import pytest
 HERE = Path(__file__).resolve().parent
 #: Set in the process that test_sanitizers starts: the same tests, the module built with both sanitizers.
 SANITIZE = "FASTFLAT_EMULATOR_SANITIZE" in os.environ
+#: There, every how-manieth test of each function runs: the sanitized kernels are ten times slower.
+EVERY = int(os.environ.get("FASTFLAT_EMULATOR_SANITIZE", "") or 1)
 
 
 def _sibling(name: str) -> ModuleType:
@@ -18,6 +21,16 @@ def _sibling(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_collection_modifyitems(config, items):
+    met, kept, left = Counter(), [], []
+    for item in items:
+        met[item.originalname] += 1
+        (kept if met[item.originalname] % EVERY == 1 % EVERY else left).append(item)
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
 
 
 @pytest.fixture(scope="session")

@@ -38,14 +38,20 @@ def run(environment, *arguments):
 
 
 @outside
-def test_kernels_are_clean(sanitized_environment):
-    select = "test_emulator.py or test_kernels.py"
+@pytest.mark.parametrize(
+    ("every", "files"),
+    [
+        (1, ("emulator", "kernels")),
+        (19, ("general_quantize", "mixquant", "bitplane", "binarize", "liq")),
+    ],
+)
+def test_kernels_are_clean(sanitized_environment, every, files):
     done = run(
-        sanitized_environment,
+        {**sanitized_environment, "FASTFLAT_EMULATOR_SANITIZE": str(every)},
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-x"),
-        *("tests/emulator/test_emulator.py", "tests/emulator/test_kernels.py"),
+        *(f"tests/emulator/test_{name}.py" for name in files),
     )
-    assert done.returncode == 0, f"{select}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    assert done.returncode == 0, f"{files}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
 
