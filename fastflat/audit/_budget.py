@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Committed limits of every kernel: ``benchmarks/budgets/<arch>.json`` and ``benchmarks/budgets/traffic.json``.
+"""Committed limits of every kernel: ``benchmarks/budgets/<arch>.json``.
 
 A file of an architecture holds ``{"toolchain": {...}, "kernels": {name: {"registers", "shared", "wide"}}}``. Registers
 are limits rounded up to the 8 in which hardware allots them; ``wide`` lists the streams that are accessed 16 bytes at

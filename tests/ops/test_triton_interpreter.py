@@ -3,11 +3,11 @@
 of their tests."""
 
 import ast
-import functools
 import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,16 +33,14 @@ NAMES = [pytest.param(module, name, id=f"{module.stem}-{name}") for module in MO
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(request, tmp_path_factory):
     """Failures of a module by test function: {name: {case: message}}; a message is empty when the case passed."""
 
-    @functools.cache
-    def run(module):
-        report = tmp_path_factory.mktemp("interpreted") / "report.xml"
+    def run(module, report):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(module)]
-        done = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-        )
+        # The interpreter runs small arrays: a process a core is faster than threads.
+        env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         assert report.exists(), done.stdout + done.stderr
         cases = {}
         for case in ET.parse(report).iter("testcase"):
@@ -51,7 +49,12 @@ def results(tmp_path_factory):
         assert set(cases) == set(_tests(module)), done.stdout
         return cases
 
-    return run
+    ours = (item for item in request.session.items if item.module is request.module)
+    wanted = dict.fromkeys(item.callspec.params["module"] for item in ours if hasattr(item, "callspec"))
+    folder = tmp_path_factory.mktemp("interpreted")
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        runs = {module: pool.submit(run, module, folder / f"{module.stem}.xml") for module in wanted}
+        yield lambda module: runs[module].result()
 
 
 @pytest.mark.parametrize(("module", "name"), NAMES)
