@@ -12,7 +12,7 @@ from fastflat._ops import OPS, compute_dtype
 
 from . import Case, Data, shape_of
 
-LEVELS = 15
+BITS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ def cases(sizes: Sequence[int], dtypes: Sequence[torch.dtype], passes: Sequence[
             shape = shape_of(size)
             w = torch.empty(shape, dtype=dtype, device="meta")
             one = torch.empty((), dtype=compute_dtype(dtype), device="meta")
-            point = (w, one, one, one, LEVELS, -1, 1e-8)
+            point = (w, one, one, one, 2**BITS - 1, -1, 1e-8)
             forward = OPS["liq_moments"].bytes_moved(w, -1) + OPS["liq"].bytes_moved(*point)
             total = forward + OPS["liq_bwd"].bytes_moved(w, *point)
             for which in passes:

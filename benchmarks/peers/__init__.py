@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cases import Data
+from ..cases.fake_quantize_list import ListData
 from . import bitplanes, builtin, compiled, eager, floor, libraries, lists, ours
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]
@@ -30,7 +31,7 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
         "torchao": libraries.torchao,
         "brevitas": libraries.brevitas,
     },
-    "fake_quantize_list": {"mul": floor.mul, "fastflat": lists.fused, "each": lists.each, "eager": lists.composed},
+    "fake_quantize_list": {"mul": lists.mul, "fastflat": lists.fused, "each": lists.each, "eager": lists.composed},
     "general_quantize": {
         "mul": floor.mul,
         "fastflat": ours.fake_quantize,
@@ -45,6 +46,8 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
         "eager": eager.mixquant,
     },
     "bitplane": {"fastflat": bitplanes.fused, "eager": bitplanes.eager, "compile": bitplanes.compiled},
+    "binarize": {"mul": floor.mul, "fastflat": ours.binarize, "eager": eager.binarize, "compile": compiled.binarize},
+    "liq": {"mul": floor.mul, "fastflat": ours.liq, "eager": eager.liq, "compile": compiled.liq},
     "identity": {"mul": floor.mul, "fastflat": ours.identity, "clone": floor.clone},
 }
 
@@ -70,6 +73,8 @@ def prepare(peer: str, data: Data) -> Callable[[], None]:
 
 
 def _call(forward: Forward, data: Data) -> Callable[[], None]:
+    if isinstance(data, ListData):
+        return _call_of_list(forward, data)
     x, scale, gy = data.x, data.scale, data.gy
     if data.case.passes == "forward":
 
@@ -82,6 +87,22 @@ def _call(forward: Forward, data: Data) -> Callable[[], None]:
 
     def call() -> None:
         torch.autograd.grad(forward(x, scale), inputs, gy)
+
+    return call
+
+
+def _call_of_list(forward: Callable, data: ListData) -> Callable[[], None]:
+    """The same for lists, whose leaves receive their gradients and lose them again, as in a training step."""
+    leaves = [*data.xs, *data.scales]
+
+    def call() -> None:
+        if data.case.passes == "forward":
+            with torch.no_grad():
+                forward(data.xs, data.scales)
+            return
+        torch.autograd.backward(forward(data.xs, data.scales), data.gys)
+        for leaf in leaves:
+            leaf.grad = None
 
     return call
 

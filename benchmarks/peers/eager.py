@@ -13,6 +13,7 @@ from fastflat._spec import MINIFLOATS, TINY
 from fastflat.quant import eager
 
 from ..cases.general_quantize import AMOUNTS
+from ..cases.liq import BITS as LIQ_BITS
 from ..cases.mixquant import BITS, mixture
 
 
@@ -56,6 +57,32 @@ def mixquant(data):
     specs = [spec.replace(bits=b) for b in BITS]
     chains = [formula(dataclasses.replace(data, case=dataclasses.replace(data.case, spec=q))) for q in specs]
     return lambda x, scale: sum(w * f(x, scale * s) for w, f, s in zip(weight, chains, scales, strict=True)).to(x.dtype)
+
+
+def binarize(data):
+    """The sign, straight through between -1 and 1, times the mean magnitude of its row."""
+    dtype = data.x.dtype
+
+    def chain(x: Tensor, scale: None) -> Tensor:
+        wide = x.float()
+        sign = _Through.apply(wide.clamp(-1, 1), lambda c: torch.where(c < 0, -1.0, 1.0))
+        return (wide.abs().mean(1, keepdim=True) * sign).to(dtype)
+
+    return chain
+
+
+def liq(data):
+    """Normalised by constants, clamped to the clip, rounded to levels."""
+    levels, dtype = 2**LIQ_BITS - 1, data.x.dtype
+
+    def chain(w: Tensor, clip: Tensor) -> Tensor:
+        wide = w.float()
+        std, mean = torch.std_mean(wide.detach())
+        u = ((wide - mean) / std) / clip
+        unit = (u.clamp(-1, 1) + 1) * 0.5
+        return (clip * (_Through.apply(unit, lambda c: (c * levels).round_().div_(levels)) * 2 - 1)).to(dtype)
+
+    return chain
 
 
 def on_grid(c: Tensor, spec) -> Tensor:

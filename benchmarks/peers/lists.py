@@ -1,38 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists of tensors: the rows of the case's data, each with the scale of its row."""
+"""Lists of tensors. A forward function here takes the lists of tensors and of scales, and returns a list."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.autograd import Function
 
 import fastflat
 from fastflat.quant import eager
 
-from ..cases.fake_quantize_list import ROW
+from ..cases.fake_quantize_list import SPEC
+
+
+class _Multiplications(Function):
+    """One node for the list, a multiplication of every tensor each way; scales get a gradient that costs nothing."""
+
+    @staticmethod
+    def forward(ctx, count: int, *tensors: Tensor):
+        ctx.rest = tensors[count:]
+        return tuple(torch._foreach_mul(tensors[:count], 0.5))
+
+    @staticmethod
+    def backward(ctx, *gys: Tensor):
+        return None, *torch._foreach_mul(gys, 0.5), *(scale.detach() for scale in ctx.rest)
+
+
+def mul(data):
+    """The floor: what autograd's engine and the memory take for so many leaves."""
+    return lambda xs, scales: _Multiplications.apply(len(xs), *xs, *scales)
 
 
 def fused(data):
     """One call for the list."""
-    return lambda x, scale: torch.stack(fastflat.fake_quantize_list(x.unbind(0), scale.unbind(0), ROW))
+    return lambda xs, scales: fastflat.fake_quantize_list(xs, scales, SPEC)
 
 
 def each(data):
     """A call for each tensor."""
-
-    def forward(x, scale):
-        return torch.stack(
-            [fastflat.fake_quantize(*row, spec=ROW) for row in zip(x.unbind(0), scale.unbind(0), strict=True)]
-        )
-
-    return forward
+    return lambda xs, scales: [fastflat.fake_quantize(x, s, spec=SPEC) for x, s in zip(xs, scales, strict=True)]
 
 
 def composed(data):
     """The chain of PyTorch operations for each tensor."""
-    factor, dtype = ROW.grad_factor(data.x.shape[1], 1), data.x.dtype
+    factors, dtype = [SPEC.grad_factor(x.numel(), 1) for x in data.xs], data.x.dtype
 
-    def forward(x, scale):
-        rows = zip(x.unbind(0), scale.unbind(0), strict=True)
-        return torch.stack([eager.lsq(*row, ROW.qmin, ROW.qmax, None, factor).to(dtype) for row in rows])
+    def forward(xs, scales):
+        calls = zip(xs, scales, factors, strict=True)
+        return [eager.lsq(x, s, SPEC.qmin, SPEC.qmax, None, factor).to(dtype) for x, s, factor in calls]
 
     return forward

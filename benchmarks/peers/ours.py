@@ -10,6 +10,7 @@ from torch.autograd import Function
 import fastflat
 
 from ..cases.general_quantize import AMOUNTS
+from ..cases.liq import BITS as LIQ_BITS
 from ..cases.mixquant import BITS, mixture
 
 
@@ -52,6 +53,14 @@ def composed_mixquant(data):
 def one_quantizer(data):
     """One of the candidates alone."""
     return fake_quantize(data)
+
+
+def binarize(data):
+    return lambda x, scale: fastflat.binarize(x, axis=0)
+
+
+def liq(data):
+    return lambda w, clip: fastflat.liq_quantize(w, clip, bits=LIQ_BITS)
 
 
 def identity(data):

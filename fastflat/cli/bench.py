@@ -21,7 +21,10 @@ _ROOT = Path(fastflat.__file__).resolve().parent.parent
 _SIZES = "2^12..2^24/2,2^25"
 _QUICK_SIZES = "2^12,2^16,2^20,2^22"
 _SMALLEST, _LARGEST = 2**7, 2**28
-_FAMILIES = ("fake_quantize", "general_quantize", "mixquant", "bitplane", "identity")
+_FAMILIES = (
+    *("fake_quantize", "general_quantize", "fake_quantize_list", "mixquant", "bitplane", "binarize", "liq"),
+    "identity",
+)
 #: Peers of fake_quantize that only run when they are named.
 _ON_REQUEST = ("builtin-fixed",)
 _STEP_PEERS = "fp32,view,identity,mul,fastflat,eager,builtin"

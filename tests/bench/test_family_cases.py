@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists, binarization and the weight-normalising quantizer in the benchmark: peers compute the same."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastflat.cli import bench
+
+CPU = torch.device("cpu")
+
+
+def case(family, dtype=torch.float32, size=2**14, **options):
+    return next(iter(bench.package(f"cases.{family}").cases([size], [dtype], **options)))
+
+
+def test_every_family_with_cases_is_offered(benchmarks):
+    folder = bench.package("cases").__path__[0]
+
+    modules = {path.stem for path in Path(folder).glob("*.py")} - {"__init__"}
+    assert modules == set(bench._FAMILIES) == set(benchmarks.peers.PEERS)
+
+
+def test_resnet18_has_its_weights():
+    module = bench.package("cases.fake_quantize_list")
+    assert len(module.RESNET18) == 21
+    assert sum(map(math.prod, module.RESNET18)) == 11_678_912  # its 11,689,512 parameters less biases and norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lists_compute_the_same(benchmarks, dtype):
+    data = case("fake_quantize_list", dtype, granularities=["small"]).data(CPU)
+    assert [x.shape for x in data.xs] == [(4096,)] * 4
+    assert torch.equal(torch.cat([x.detach() for x in data.xs]), data.x.view(-1))
+    found = {}
+    for peer in ("fastflat", "each", "eager"):
+        ys = benchmarks.peers.PEERS["fake_quantize_list"][peer](data)(data.xs, data.scales)
+        found[peer] = [*ys, *torch.autograd.grad(ys, [*data.xs, *data.scales], data.gys)]
+    assert all(torch.equal(a, b) for a, b in zip(found["fastflat"], found["each"], strict=True))
+    if dtype is torch.float32:
+        assert all(torch.equal(a, b) for a, b in zip(found["fastflat"][:4], found["eager"][:4], strict=True))
+        for a, b in zip(found["fastflat"][4:], found["eager"][4:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_calls_of_lists_leave_no_gradient(benchmarks):
+    data = case("fake_quantize_list", granularities=["small"]).data(CPU)
+    for peer in benchmarks.peers.PEERS["fake_quantize_list"]:
+        benchmarks.peers.prepare(peer, data)()
+    assert all(leaf.grad is None for leaf in (*data.xs, *data.scales))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["binarize", "liq"])
+def test_eager_forms_are_ours(benchmarks, family, dtype):
+    data = case(family, dtype).data(CPU)
+    inputs = [t for t in (data.x, data.scale) if t is not None]
+    found = []
+    for peer in ("fastflat", "eager"):
+        y = benchmarks.peers.PEERS[family][peer](data)(data.x, data.scale)
+        found.append([y, *torch.autograd.grad(y, inputs, data.gy)])
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-7
+    off_grid = (found[0][0] - found[1][0]).abs() > 0.1
+    assert off_grid.float().mean() < 1e-3  # moments of fp32 and of fp64 part at borders of the grid
+    for a, b in zip(*found, strict=True):
+        close = torch.isclose(a.float(), b.float(), rtol=tolerance, atol=tolerance * b.abs().max().item())
+        assert close.float().mean() > 0.999
+
+
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize("family", ["binarize", "liq"])
+def test_compiled_forms_run(benchmarks, family):
+    data = case(family, size=2**12).data(CPU)
+    ours, theirs = (benchmarks.peers.PEERS[family][p](data)(data.x, data.scale) for p in ("fastflat", "compile"))
+    assert ((ours - theirs).abs() > 1e-4).float().mean() < 0.01
