@@ -80,10 +80,16 @@ Tensor fake_quantize_jvp(const std::optional<Tensor>& tx_, const std::optional<T
   return ty;
 }
 
-template <class C>
-void store_scales(const std::vector<double>& absmax, int64_t qmax, void* scale) {
-  for (size_t c = 0; c < absmax.size(); ++c) {
-    static_cast<C*>(scale)[c] = absmax_scale(static_cast<C>(absmax[c]), static_cast<C>(qmax));
+// Scales of the channels [begin, end).
+void store_scales(const double* absmax, int64_t begin, int64_t end, int64_t qmax, ScalarType compute, void* scale) {
+  if (compute == ScalarType::Double) {
+    for (int64_t c = begin; c < end; ++c) {
+      static_cast<double*>(scale)[c] = absmax_scale(absmax[c], static_cast<double>(qmax));
+    }
+    return;
+  }
+  for (int64_t c = begin; c < end; ++c) {
+    static_cast<float*>(scale)[c] = absmax_scale(static_cast<float>(absmax[c]), static_cast<float>(qmax));
   }
 }
 
@@ -102,16 +108,20 @@ std::tuple<Tensor, Tensor> fake_quantize_absmax(const Tensor& x_, int64_t qmin, 
   Tensor scale = empty_dense(x, scale_sizes(x, axis, group), compute);
   const Geometry& g = call.geometry;
   std::vector<double> absmax(g.channels, 0.0);
-  reduce(fake_quantize_loops().absmax_channels[storage], fake_quantize_loops().absmax_range[storage], call, 1,
-         absmax.data(), [](double a, double b) { return larger_magnitude(a, b); });
-  if (compute == ScalarType::Double) {
-    store_scales<double>(absmax, qmax, scale.mutable_data_ptr());
-  } else {
-    store_scales<float>(absmax, qmax, scale.mutable_data_ptr());
-  }
+  void* scales = scale.mutable_data_ptr();
   call.scale = scale.const_data_ptr();
   call.out = y.mutable_data_ptr();
-  map(fake_quantize_loops().forward[pair], call);
+  const FakeQuantizeLoops& loops = fake_quantize_loops();
+  const bool done = in_turns(g, [&](int64_t begin, int64_t end) {
+    loops.absmax_channels[storage](call, begin, end, absmax.data());
+    store_scales(absmax.data(), begin, end, qmax, compute, scales);
+    loops.forward[pair](call, begin * g.inner, end * g.inner);
+  });
+  if (done) return {y, scale};
+  reduce(loops.absmax_channels[storage], loops.absmax_range[storage], call, 1, absmax.data(),
+         [](double a, double b) { return larger_magnitude(a, b); });
+  store_scales(absmax.data(), 0, g.channels, qmax, compute, scales);
+  map(loops.forward[pair], call);
   return {y, scale};
 }
 

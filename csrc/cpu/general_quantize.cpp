@@ -143,13 +143,13 @@ Tensor general_quantize_jvp(const MaybeTensor& tx_, const MaybeTensor& ts_, cons
   return ty;
 }
 
-// Scales from largest magnitudes, in the compute type.
+// Scales of the channels [begin, end) from largest magnitudes, in the compute type.
 template <class C>
-void store_scales(const GeneralQuantizeCall& call, const std::vector<double>& absmax, const MaybeTensor& outer,
-                  void* scale) {
+void store_scales(const GeneralQuantizeCall& call, const double* absmax, int64_t begin, int64_t end,
+                  const MaybeTensor& outer, void* scale) {
   const auto grid = GeneralGrid<C>::make(call.qmin, call.qmax, call.eps, 1.0, call.rules);
   const C over = outer ? *static_cast<const C*>(outer->const_data_ptr()) : C(1);
-  for (size_t c = 0; c < absmax.size(); ++c) {
+  for (int64_t c = begin; c < end; ++c) {
     static_cast<C*>(scale)[c] = block_scale(static_cast<C>(absmax[c]), over, grid.base.qmax, grid.format, call.rules);
   }
 }
@@ -172,17 +172,29 @@ std::tuple<Tensor, Tensor> general_quantize_dynamic(const Tensor& x_, const Mayb
   measured.geometry = call.geometry;
   measured.x = call.x;
   std::vector<double> absmax(call.geometry.channels, 0.0);
-  reduce(fake_quantize_loops().absmax_channels[storage], fake_quantize_loops().absmax_range[storage], measured, 1,
-         absmax.data(), [](double p, double q) { return larger_magnitude(p, q); });
-  if (compute == ScalarType::Double) {
-    store_scales<double>(call, absmax, outer, scale.mutable_data_ptr());
-  } else {
-    store_scales<float>(call, absmax, outer, scale.mutable_data_ptr());
-  }
-  call.scale = scale.const_data_ptr();
   Tensor y = empty_like(call.data, result, group > 0);
+  call.scale = scale.const_data_ptr();
   call.out = y.mutable_data_ptr();
-  map<GeneralQuantizeCall>(general_quantize_loops().forward[pair], call);
+  const auto store = [&, to = scale.mutable_data_ptr()](int64_t begin, int64_t end) {
+    if (compute == ScalarType::Double) {
+      store_scales<double>(call, absmax.data(), begin, end, outer, to);
+    } else {
+      store_scales<float>(call, absmax.data(), begin, end, outer, to);
+    }
+  };
+  const auto forward = general_quantize_loops().forward[pair];
+  const FakeQuantizeLoops& loops = fake_quantize_loops();
+  const int64_t inner = call.geometry.inner;
+  const bool done = in_turns(call.geometry, [&](int64_t begin, int64_t end) {
+    loops.absmax_channels[storage](measured, begin, end, absmax.data());
+    store(begin, end);
+    forward(call, begin * inner, end * inner);
+  });
+  if (done) return {y, scale};
+  reduce(loops.absmax_channels[storage], loops.absmax_range[storage], measured, 1, absmax.data(),
+         [](double p, double q) { return larger_magnitude(p, q); });
+  store(0, call.geometry.channels);
+  map<GeneralQuantizeCall>(forward, call);
   return {y, scale};
 }
 

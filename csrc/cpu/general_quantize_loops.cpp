@@ -186,7 +186,7 @@ struct Rule {
 
   static FASTFLAT_HD auto code(const GeneralGrid<C>& grid, Precision precision, NoiseScale<C> scalars, C x, C xi,
                                const GeneralGroup<C>& g) {
-    if constexpr (plain) return grid.code_of_plain(x, xi, g, scalars, noise);
+    if constexpr (plain) return grid.code_of_plain(x, xi, g, scalars, floats, noise);
     return grid.code(x, xi, g, scalars, floats, noise, precision);
   }
 
@@ -306,9 +306,10 @@ const Kind<C>& kind_of(const GeneralQuantizeCall& call) {
   }
   const Noise noise = call.drawn ? noise_of(call.rules) : Noise::none;
   if constexpr (sizeof(C) == 4) {
-    if (call.drawn && GeneralGrid<C>::is_plain(call.qmax, call.rules, call.zero_point != nullptr)) {
+    if (GeneralGrid<C>::is_plain(call.qmax, call.rules, call.zero_point != nullptr)) {
       if (noise == Noise::additive) return Rule<C, false, Noise::additive, Exact, true>::kind;
-      return Rule<C, false, Noise::stochastic, Exact, true>::kind;
+      if (noise == Noise::stochastic) return Rule<C, false, Noise::stochastic, Exact, true>::kind;
+      return Rule<C, true, Noise::none, Exact, true>::kind;
     }
   }
   return GeneralGrid<C>::floats(call.rules) ? kind_by_noise<C, true>(noise) : kind_by_noise<C, false>(noise);

@@ -125,25 +125,38 @@ struct GeneralGrid {
     Mask kept;
   };
 
-  // Whether code_of_plain may stand in for code: an integer grid whose only rule is its noise.
+  // Whether code_of_plain may stand in for code: an integer grid whose only rule is its noise, or a float grid of
+  // which at most every gradient passes. How a scale came about is no matter.
   FASTFLAT_HD static bool is_plain(int64_t qmax, int64_t rules, bool has_zero_point) {
     const int64_t noises = rules::noise_uniform | rules::noise_normal | rules::round_stochastic;
+    const int64_t scales =
+        rules::scale_floor | rules::scale_ceil | rules::scale_even | rules::scale_rceil | rules::scale_e4m3;
+    if (floats(rules)) return !has_zero_point && (rules & ~(minifloats | scales | rules::mask_none)) == 0;
     return (rules & noises) != 0 && IntegerGrid<C>::is_plain(qmax, rules & ~noises, has_zero_point);
   }
 
-  // What of code the commonest noisy forms have use for, with the same bits; additive noise or stochastic rounding.
-  FASTFLAT_HD Code code_of_plain(C x, C draw, const GeneralGroup<C>& g, const NoiseScale<C>& scale, Noise noise) const {
+  // What of code the commonest forms have use for, with the same bits: additive noise, stochastic rounding, or floats.
+  FASTFLAT_HD Code code_of_plain(C x, C draw, const GeneralGroup<C>& g, const NoiseScale<C>& scale, bool floats,
+                                 Noise noise) const {
     Code c;
     c.kept = 0;
     const C xi = draw - scale.shift;
     c.u = x / g.s;
     const C w = noise == Noise::additive ? c.u + scale.nu * xi : c.u;
-    const C r = noise == Noise::additive ? w : rounded(w, xi, noise);
-    // This clamp keeps NaN, and a -0 that meets qmin = 0, which the last addition mends.
-    const C lifted = r < base.qmin ? base.qmin : r;
-    c.d = (lifted > base.qmax ? base.qmax : lifted) + (base.qmin == C(0) ? C(0) : -C(0));
+    C r;
+    if (noise == Noise::additive) {
+      r = w;
+    } else if (floats) {
+      const C near = between(w, -(format.largest + format.largest), format.largest + format.largest);
+      const C step = format.step(near);
+      r = round_even(near * inverse_power(step)) * step;
+    } else {
+      r = rounded(w, xi, noise);
+    }
+    // The clamp keeps a -0 that meets qmin = 0, which the addition mends.
+    c.d = between(r, base.qmin, base.qmax) + (base.qmin == C(0) ? C(0) : -C(0));
     c.e = c.u - c.d;
-    c.in = mask_of<C>((w >= base.qmin) & (w <= base.qmax));
+    c.in = base.pass_all | mask_of<C>((w >= base.qmin) & (w <= base.qmax));
     return c;
   }
 
@@ -242,6 +255,12 @@ struct GeneralGrid {
   }
 
  private:
+  // v clamped; NaN stays.
+  FASTFLAT_HD static C between(C v, C lowest, C highest) {
+    const C lifted = v < lowest ? lowest : v;
+    return lifted > highest ? highest : lifted;
+  }
+
   template <class Precision>
   FASTFLAT_HD GeneralGroup<C> of(C scale, const QuantGroup<C>& g, Precision precision) const {
     const C one = 1;

@@ -34,12 +34,14 @@ INSTANTIATIONS = {
     "general_quantize_backward_channels": 6,
     "general_quantize_backward_range": 6,
     "general_quantize_tangent": 8,
-    # The rule itself: not for each storage type but for each kind of grid (2) and noise (5) in both compute types, and
-    # rounded to the two 16-bit types.
-    "Rule::forward": 22,
+    # The rule itself: not for each storage type but for each kind of grid (2) and noise (5) in both compute types,
+    # rounded to the two 16-bit types, and in fp32 alone with the commonest noises (2) and with floats.
+    "Rule::forward": 25,
 }
-#: One of the rule's loops: additive noise, fp32.
-RULE = "Rule<float, false, (fastflat::Noise)1, fastflat::Exact>::forward"
+#: Loops that must be vectorised; of the rule those for additive noise in fp32, with other rules and without.
+LOOPS = ["fake_quantize_forward<float, float>", "backward_run<false, float, float>"] + [
+    f"Rule<float, false, (fastflat::Noise)1, fastflat::Exact, {plain}>::forward" for plain in ("false", "true")
+]
 #: The packed division of each set: the mark that a loop of the forward op was vectorised.
 PACKED_DIVISION = {
     "baseline": r"\bdivps\s.*%xmm",
@@ -85,7 +87,7 @@ def test_library_stays_small():
 
 
 @pytest.mark.parametrize("isa", PACKED_DIVISION)
-@pytest.mark.parametrize("function", ["fake_quantize_forward<float, float>", "backward_run<false, float, float>", RULE])
+@pytest.mark.parametrize("function", LOOPS)
 def test_loops_are_vectorised(disassembly, isa, function):
     name = f"fastflat::cpu::{isa}::(anonymous namespace)::{function}"
     body = re.search(rf"^[0-9a-f]+ <(?:void )?{re.escape(name)}.*?(?=^$)", disassembly, re.MULTILINE | re.DOTALL)
