@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README's table and figure of the quantizer benchmark, drawn from committed results.
+"""README's tables and figure of the quantizer benchmark, drawn from committed results: of fake_quantize over its sizes,
+and of the other families at their largest.
 
-python -m fastflat.benchmarks.figures benchmarks/results/quantize-cpu.json README.md benchmarks/results/quantize-cpu.svg
+python -m fastflat.benchmarks.figures README.md benchmarks/results/{quantize.json,families.json,quantize.svg}
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 
 from . import machine, report
 
-START, END = "<!-- quantize: drawn from", "<!-- quantize: end -->"
 #: Peers in the order and with the words of the table.
 WORDS = {
     "mul": "two multiplications",
@@ -49,6 +49,34 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([f"Machine: {machine.line(result['machine'])}.", "", *lines])
 
 
+#: Peers of the second table. "one by one": fastflat's own calls, composed.
+FAMILY_WORDS = {"compile": "torch.compile", "eager": "eager Python", "each": "one by one", "composed": "one by one"}
+
+
+def families(result: dict[str, Any]) -> str:
+    """The largest fp32 case of each kind on one thread: time, in copies too, how many times longer the peers take, and
+    the peak memory of a call."""
+    shown, largest = {"dtype": "fp32", "threads": 1, "passes": "both"}, {}
+    for case, by_peer in report.cases(result["rows"]):
+        kind = (case["family"], case["granularity"])
+        if case.items() >= shown.items() and case["elements"] >= largest.get(kind, ({"elements": 0},))[0]["elements"]:
+            largest[kind] = case, by_peer
+    columns = list(dict.fromkeys(FAMILY_WORDS.values()))
+    lines = [f"| kernel | kind | elements | fastflat | in copies | {' | '.join(columns)} | peak memory, eager |"]
+    lines.append("|" + "---|" * (6 + len(columns)))
+    for (family, kind), (case, by_peer) in largest.items():
+        ours = by_peer["fastflat"]
+        cells = dict.fromkeys(columns, "-")
+        for peer, words in FAMILY_WORDS.items():
+            if by_peer.get(peer, {}).get("seconds") is not None:
+                cells[words] = f"{by_peer[peer]['seconds'] / ours['seconds']:.2f} x"
+        peaks = [by_peer.get(peer, {}).get("peak_bytes") for peer in ("fastflat", "eager")]
+        memory = ", ".join("-" if peak is None else f"{peak / (4 * case['elements']):.1f} x" for peak in peaks)
+        start = [f"`{family}`", kind, report.elements(case["elements"]), f"{ours['seconds'] * 1e3:.2f} ms"]
+        lines.append("| " + " | ".join([*start, f"{ours['copies']:.1f}", *cells.values(), memory]) + " |")
+    return "\n".join([f"Machine: {machine.line(result['machine'])}.", "", *lines])
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Time of a forward and backward pass in copies of the tensor, by size, one line for each peer."""
     import matplotlib
@@ -78,18 +106,21 @@ def draw(result: dict[str, Any], path: Path) -> None:
     part.replace(path)
 
 
-def insert(text: str, source: str, table: str) -> str:
-    """`text` with the table between the two marks."""
-    before, rest = text.split(START, 1)
-    _, after = rest.split(END, 1)
-    return f"{before}{START} {source} -->\n{table}\n{END}{after}"
+def insert(text: str, name: str, source: str, table: str) -> str:
+    """`text` with the table between the two marks of the name."""
+    start, end = f"<!-- {name}: drawn from", f"<!-- {name}: end -->"
+    before, rest = text.split(start, 1)
+    _, after = rest.split(end, 1)
+    return f"{before}{start} {source} -->\n{table}\n{end}{after}"
 
 
-def main(source: str, readme: str, figure: str) -> None:
-    result = report.read(Path(source))
+def main(readme: str, quantize: str, others: str, figure: str) -> None:
     target = Path(readme)
+    result = report.read(Path(quantize))
+    text = insert(target.read_text(), "quantize", quantize, markdown(result))
+    text = insert(text, "families", others, families(report.read(Path(others))))
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    part.write_text(insert(target.read_text(), source, markdown(result)))
+    part.write_text(text)
     part.replace(target)
     draw(result, Path(figure))
 

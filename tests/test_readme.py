@@ -24,15 +24,16 @@ def test_python_blocks_run():
     assert names["scale"].grad.shape == (64,)
 
 
-def test_table_is_drawn_from_the_committed_results():
+@pytest.mark.parametrize(("name", "table"), [("quantize", "markdown"), ("families", "families")])
+def test_tables_are_drawn_from_the_committed_results(name, table):
     if importlib.util.find_spec("fastflat.benchmarks") is None:
         pytest.skip("fastflat.benchmarks is not installed: pip install --no-build-isolation -e .")
     from fastflat.benchmarks import figures, report
 
-    source = re.search(r"<!-- quantize: drawn from (\S+) -->", README)
+    source = re.search(rf"<!-- {name}: drawn from (\S+) -->", README)
     assert source, "run python -m fastflat.benchmarks.figures"
     result = report.read(ROOT / source[1])
-    assert figures.insert(README, source[1], figures.markdown(result)) == README
+    assert figures.insert(README, name, source[1], getattr(figures, table)(result)) == README
     assert result["machine"]["cpu"] in README
 
 
