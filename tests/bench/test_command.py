@@ -146,7 +146,7 @@ def test_compare(capsys, tmp_path, benchmarks):
         ),
         (
             ["quantize", "--family", "quantize"],
-            "--family must be of fake_quantize, general_quantize, mixquant, bitplane,",
+            "--family must be of fake_quantize, general_quantize, fake_quantize_list, mixquant,",
         ),
         (
             ["quantize", "--family", "identity", "--peers", "eager"],
