@@ -100,7 +100,8 @@ struct NormalFill {
 
 // Draws of the elements [first, first + count) to `out`; first is a multiple of 8.
 template <class Fill>
-__attribute__((noinline)) void fill_noise(const PhiloxState& state, uint64_t first, int64_t count, float* __restrict out) {
+__attribute__((noinline)) void fill_noise(const PhiloxState& state, uint64_t first, int64_t count,
+                                          float* __restrict out) {
   constexpr int64_t unit = noise_blocks * Fill::per_block;
   uint64_t block = first / Fill::per_block;
   for (; count >= unit; count -= unit, out += unit, block += noise_blocks) Fill::blocks(state, block, out);
