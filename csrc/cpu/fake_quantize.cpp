@@ -6,6 +6,7 @@
 #include "core/storage.h"
 #include "core/tensor.h"
 #include "cpu/fake_quantize_call.h"
+#include "cpu/scale_from_data.h"
 #include "cpu/threads.h"
 #include "math/fake_quantize.h"
 
@@ -81,15 +82,10 @@ Tensor fake_quantize_jvp(const std::optional<Tensor>& tx_, const std::optional<T
 }
 
 // Scales of the channels [begin, end).
-void store_scales(const double* absmax, int64_t begin, int64_t end, int64_t qmax, ScalarType compute, void* scale) {
-  if (compute == ScalarType::Double) {
-    for (int64_t c = begin; c < end; ++c) {
-      static_cast<double*>(scale)[c] = absmax_scale(absmax[c], static_cast<double>(qmax));
-    }
-    return;
-  }
+template <class C>
+void store_scales(const double* absmax, int64_t begin, int64_t end, int64_t qmax, void* scale) {
   for (int64_t c = begin; c < end; ++c) {
-    static_cast<float*>(scale)[c] = absmax_scale(static_cast<float>(absmax[c]), static_cast<float>(qmax));
+    static_cast<C*>(scale)[c] = absmax_scale(static_cast<C>(absmax[c]), static_cast<C>(qmax));
   }
 }
 
@@ -106,22 +102,15 @@ std::tuple<Tensor, Tensor> fake_quantize_absmax(const Tensor& x_, int64_t qmin, 
   const ScalarType compute = compute_type(x.scalar_type());
   Tensor y = empty_like(x, result, group > 0);
   Tensor scale = empty_dense(x, scale_sizes(x, axis, group), compute);
-  const Geometry& g = call.geometry;
-  std::vector<double> absmax(g.channels, 0.0);
-  void* scales = scale.mutable_data_ptr();
   call.scale = scale.const_data_ptr();
   call.out = y.mutable_data_ptr();
-  const FakeQuantizeLoops& loops = fake_quantize_loops();
-  const bool done = in_turns(g, [&](int64_t begin, int64_t end) {
-    loops.absmax_channels[storage](call, begin, end, absmax.data());
-    store_scales(absmax.data(), begin, end, qmax, compute, scales);
-    loops.forward[pair](call, begin * g.inner, end * g.inner);
-  });
-  if (done) return {y, scale};
-  reduce(loops.absmax_channels[storage], loops.absmax_range[storage], call, 1, absmax.data(),
-         [](double a, double b) { return larger_magnitude(a, b); });
-  store_scales(absmax.data(), 0, g.channels, qmax, compute, scales);
-  map(loops.forward[pair], call);
+  const auto store = compute == ScalarType::Double ? store_scales<double> : store_scales<float>;
+  scale_from_data(
+      storage, call,
+      [=, to = scale.mutable_data_ptr()](const double* absmax, int64_t begin, int64_t end) {
+        store(absmax, begin, end, qmax, to);
+      },
+      fake_quantize_loops().forward[pair], call);
   return {y, scale};
 }
 

@@ -5,6 +5,7 @@
 #include "core/checks.h"
 #include "core/storage.h"
 #include "core/tensor.h"
+#include "cpu/scale_from_data.h"
 #include "cpu/threads.h"
 #include "math/block_scale.h"
 #include "math/general_quantize.h"
@@ -171,30 +172,16 @@ std::tuple<Tensor, Tensor> general_quantize_dynamic(const Tensor& x_, const Mayb
   FakeQuantizeCall measured{};
   measured.geometry = call.geometry;
   measured.x = call.x;
-  std::vector<double> absmax(call.geometry.channels, 0.0);
   Tensor y = empty_like(call.data, result, group > 0);
   call.scale = scale.const_data_ptr();
   call.out = y.mutable_data_ptr();
-  const auto store = [&, to = scale.mutable_data_ptr()](int64_t begin, int64_t end) {
-    if (compute == ScalarType::Double) {
-      store_scales<double>(call, absmax.data(), begin, end, outer, to);
-    } else {
-      store_scales<float>(call, absmax.data(), begin, end, outer, to);
-    }
-  };
-  const auto forward = general_quantize_loops().forward[pair];
-  const FakeQuantizeLoops& loops = fake_quantize_loops();
-  const int64_t inner = call.geometry.inner;
-  const bool done = in_turns(call.geometry, [&](int64_t begin, int64_t end) {
-    loops.absmax_channels[storage](measured, begin, end, absmax.data());
-    store(begin, end);
-    forward(call, begin * inner, end * inner);
-  });
-  if (done) return {y, scale};
-  reduce(loops.absmax_channels[storage], loops.absmax_range[storage], measured, 1, absmax.data(),
-         [](double p, double q) { return larger_magnitude(p, q); });
-  store(0, call.geometry.channels);
-  map<GeneralQuantizeCall>(forward, call);
+  const auto store = compute == ScalarType::Double ? store_scales<double> : store_scales<float>;
+  scale_from_data<GeneralQuantizeCall>(
+      storage, measured,
+      [&, to = scale.mutable_data_ptr()](const double* absmax, int64_t begin, int64_t end) {
+        store(call, absmax, begin, end, outer, to);
+      },
+      general_quantize_loops().forward[pair], call);
   return {y, scale};
 }
 

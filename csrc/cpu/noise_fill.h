@@ -2,7 +2,7 @@
 // Draws of runs of elements, many counters side by side so that the generator vectorises. Included once per
 // instruction set, inside its namespace; no torch, no threads. The values are those of math/noise.h.
 
-// Counters drawn at once: two vectors of AVX2, one of AVX-512.
+// Counters drawn at once: four vectors of 64-bit lanes, enough to hide the latency of a round.
 constexpr int noise_blocks = 16;
 
 // The words of consecutive blocks, four a block.

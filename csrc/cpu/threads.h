@@ -83,22 +83,6 @@ void reduce(void (*channels)(const Call&, int64_t begin, int64_t end, double* re
   }
 }
 
-// Elements that a thread goes over twice before it goes on: a share of its second-level cache.
-constexpr int64_t in_cache = 1 << 15;
-
-// Calls body(begin, end) for all channels, a few at a time, so that a second pass over the elements of the same
-// channels finds them in the cache. False, with nothing done, where the cut is not by channels or there are no
-// elements.
-template <class Body>
-bool in_turns(const Geometry& g, const Body& body) {
-  if (g.numel() == 0 || !Cut(g).by_channel) return false;
-  const int64_t per_turn = std::max<int64_t>(1, in_cache / g.inner);
-  torch::stable::parallel_for(0, g.channels, std::max<int64_t>(1, grain / g.inner), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; c += per_turn) body(c, std::min(end, c + per_turn));
-  });
-  return true;
-}
-
 // Scale and zero-point, contiguous and checked; the copies live as long as this does.
 struct ScaleTensors {
   Tensor scale;
