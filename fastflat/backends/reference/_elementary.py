@@ -191,5 +191,21 @@ def sine_cosine(f: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """The IEEE square root: torch's own in fp32 is not, on CPU; through fp64 it is."""
-    return x.double().sqrt().to(x.dtype)
+    """The IEEE square root: torch's own is not, on CPU. fp32 goes through fp64, fp64 through a correction."""
+    return _corrected_sqrt(x) if x.dtype == torch.float64 else x.double().sqrt().to(x.dtype)
+
+
+def _corrected_sqrt(x: Tensor) -> Tensor:
+    """fp64: one step of Newton with the exact residual, of the fraction of x so that no product leaves its range."""
+    fraction, exponent = torch.frexp(x)
+    odd = (exponent & 1) == 1
+    a = torch.where(odd, fraction * 0.5, fraction)  # in [1/4, 1); the exponent that is left is even
+    exponent = torch.where(odd, exponent + 1, exponent)
+    r = a.sqrt()
+    # r = high + low of 26 bits each: their products are exact (Dekker).
+    split = r * 134217729.0
+    high = split - (split - r)
+    low = r - high
+    residual = ((a - high * high) - 2.0 * (high * low)) - low * low
+    exact = torch.ldexp(r + residual / (2.0 * r), exponent // 2)
+    return torch.where((x > 0) & (x < float("inf")), exact, x.sqrt())

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of the sharpness family: norms and the ascent of sharpness-aware minimisation over a list of tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from fastflat._ops._row import Op, size_of
+
+#: What :func:`sharpness_sums` adds up for a tensor, and the metric of an ascent; csrc/math/sharpness.h has them too.
+SUM_GRADIENT, SUM_PAIR, SUM_SCALED = 0, 1, 2
+METRICS = {"l2": 0, "scaled": 1, "linf": 2}
+BACKUP, INTO, INPLACE = 0, 1, 2
+
+
+def _fake_sums(gs, others, kind, eta):
+    return gs[0].new_empty((len(gs), 3), dtype=torch.float64)
+
+
+def _fake_scale(sums, rho, eps, linf):
+    return rho.new_empty(rho.numel() + 2)
+
+
+def _fake_ascent(ws, gs, outs, scale, row, metric, eta, mode, state=None):
+    return None
+
+
+def _bytes_of_sums(gs, others, kind, eta):
+    read = [o for o, k in zip(others, kind, strict=True) if k != SUM_GRADIENT] if others else []
+    return size_of(*gs, *read)
+
+
+ROWS = (
+    Op(
+        "sharpness_sums",
+        "sharpness",
+        "(Tensor[] gs, Tensor[] others, int[] kind, float eta) -> Tensor",
+        _fake_sums,
+        _bytes_of_sums,
+        """Three fp64 numbers a tensor, ``[T, 3]``, of its elements g and those o of its partner: ``kind`` 0
+        ``{g g, 0, 0}`` (the partner is not read; ``others`` may be empty), 1 ``{g g, g o, o o}``, 2
+        ``{(t g)^2, 0, 0}`` with ``t = |o| + eta``. Products and sums are formed in fp64, in an order that depends on
+        shape and dtype alone: no norm of fp32 numbers overflows, and a sum is finite exactly where all its terms are.
+        Partners have the shapes of gs and lie in their strides, or are copied to them; backends agree to a relative
+        1e-12.""",
+    ),
+    Op(
+        "sharpness_scale",
+        "sharpness",
+        "(Tensor sums, Tensor rho, float eps, bool linf) -> Tensor",
+        _fake_scale,
+        lambda sums, rho, eps, linf: size_of(sums, rho) + 8 * (rho.numel() + 2),
+        """``[rho[0]/(norm + eps), ..., norm, flag]`` in fp64, ``norm`` the root of the first column of ``sums`` ``[T, 3]``
+        added up and ``flag`` 1 where that is not finite, else 0. A norm that is 0 or not finite gives scales of 0;
+        ``linf`` gives rho itself wherever the norm is finite. ``rho`` is fp64 ``[G]``.""",
+    ),
+    Op(
+        "sharpness_ascent_",
+        "sharpness",
+        "(Tensor(a!)[] ws, Tensor[] gs, Tensor(b!)[] outs, Tensor scale, int[] row, int[] metric, float eta, int mode,"
+        " Tensor? state=None) -> ()",
+        _fake_ascent,
+        lambda ws, gs, outs, scale, row, metric, eta, mode, state=None: (
+            size_of(*ws, *gs, *outs) + (0 if mode == INTO else size_of(*ws))
+        ),
+        """Adds ``e = s T(w)`` to each tensor, ``s = scale[row[t]]`` rounded to the compute type, in the order written:
+        ``metric`` 0 ``s g``, 1 ``s ((t t) g)`` with ``t = |w| + eta``, 2 ``s sign(g)``. ``mode`` 0 keeps w in ``outs``
+        (same dtype) and changes w; 1 writes the sum to ``outs`` (dtype of w, or 16 bits for fp32 w) and leaves w; 2
+        changes w, ``outs`` is empty. Results are rounded to nearest even, or with a ``state`` (int64 ``[seed,
+        offset]``) bfloat16 stochastically: up where ``u < frac``, u the uniform draw of the element, elements numbered
+        in storage order through the list, each tensor from a multiple of eight on. ws, gs and outs of a tensor have
+        one shape; outs have the strides of ws.""",
+    ),
+)
