@@ -27,6 +27,7 @@ template <class C>
 void sums(const SumsCall& call, int64_t begin, int64_t end, double* result) {
   StageBuffer<C> first, second;
   LaneSum gg, go, oo;
+  double of_gradients = 0.0;
   const double e = call.eta;
   const Quad eta = {e, e, e, e};
   for (int64_t at = begin; at < end; at += stage) {
@@ -34,7 +35,7 @@ void sums(const SumsCall& call, int64_t begin, int64_t end, double* result) {
     const C* g = fetch(call.g, at, n, first);
     const C* o = call.kind == sum_gradient ? g : fetch(call.other, at, n, second);
     if (call.kind == sum_gradient) {
-      for_lanes(g, g, n, [&](const Quad* x, const Quad*) { add_product(gg, x, x); });
+      of_gradients += squares(g, n);
     } else if (call.kind == sum_pair) {
       for_lanes(g, o, n, [&](const Quad* x, const Quad* y) {
         add_product(gg, x, x);
@@ -49,7 +50,7 @@ void sums(const SumsCall& call, int64_t begin, int64_t end, double* result) {
       });
     }
   }
-  result[0] = gg.total();
+  result[0] = of_gradients + gg.total();
   result[1] = go.total();
   result[2] = oo.total();
 }

@@ -3,7 +3,7 @@
 // written past the caches, goes through a buffer that stays in the first cache. Included once per instruction set,
 // inside its namespace; no torch, no threads.
 
-constexpr int64_t stage = 1024;
+constexpr int64_t stage = 512;
 
 template <class C>
 struct alignas(64) StageBuffer {
@@ -122,6 +122,7 @@ inline void convert(const Stream& from, const Stream& to, int64_t at, int64_t n)
 // Sums in double, sixteen lanes whatever the vector width.
 typedef double Quad __attribute__((vector_size(32)));
 typedef float SingleQuad __attribute__((vector_size(16)));
+typedef float SingleOctet __attribute__((vector_size(32)));
 
 struct LaneSum {
   Quad part[4] = {};
@@ -141,7 +142,11 @@ inline void load_lanes(const float* from, Quad* to) {
 }
 inline void load_lanes(const double* from, Quad* to) { std::memcpy(to, from, 4 * sizeof(Quad)); }
 
-// add(i, lanes of a at i, lanes of b at i) for 16 elements at a time; the last ones are filled up with zeros.
+inline void add_product(LaneSum& sum, const Quad* a, const Quad* b) {
+  for (int k = 0; k < 4; ++k) sum.part[k] += a[k] * b[k];
+}
+
+// add(lanes of a, lanes of b) for 16 elements at a time; the last ones are filled up with zeros.
 template <class C, class Add>
 inline void for_lanes(const C* a, const C* b, int64_t n, const Add& add) {
   Quad x[4], y[4];
@@ -160,6 +165,42 @@ inline void for_lanes(const C* a, const C* b, int64_t n, const Add& add) {
   add(x, y);
 }
 
-inline void add_product(LaneSum& sum, const Quad* a, const Quad* b) {
-  for (int k = 0; k < 4; ++k) sum.part[k] += a[k] * b[k];
+// Sum of the squares of a stage in 32 lanes of fp32, which are added up in double: half the time of doubles.
+inline double narrow_squares(const float* a, int64_t n) {
+  SingleOctet lane[4] = {};
+  int64_t i = 0;
+  const auto add = [&](const float* from) {
+    for (int k = 0; k < 4; ++k) {
+      SingleOctet v;
+      std::memcpy(&v, from + 8 * k, sizeof(v));
+      lane[k] += v * v;
+    }
+  };
+  for (; i + 32 <= n; i += 32) add(a + i);
+  if (i < n) {
+    float last[32] = {};
+    std::memcpy(last, a + i, (n - i) * sizeof(float));
+    add(last);
+  }
+  double total = 0.0;
+  for (int l = 0; l < 8; ++l) {
+    total += (static_cast<double>(lane[0][l]) + lane[2][l]) + (static_cast<double>(lane[1][l]) + lane[3][l]);
+  }
+  return total;
+}
+
+inline double squares(const double* a, int64_t n) {
+  LaneSum sum;
+  for_lanes(a, a, n, [&](const Quad* x, const Quad*) { add_product(sum, x, x); });
+  return sum.total();
+}
+
+// fp32 squares between 1e-25 and 1e37 neither overflowed nor lost more than their last digit to underflow; the rest is
+// taken again in double.
+inline double squares(const float* a, int64_t n) {
+  const double narrow = narrow_squares(a, n);
+  if (narrow > 1e-25 && narrow < 1e37) return narrow;
+  LaneSum sum;
+  for_lanes(a, a, n, [&](const Quad* x, const Quad*) { add_product(sum, x, x); });
+  return sum.total();
 }

@@ -28,21 +28,21 @@ def _fake_in_place(*args):
     return None
 
 
-def _fake_moments(sources, gs, firsts, means, squares, rows):
+def _fake_moments(ws, backup, at, gs, firsts, means, squares, rows):
     return rows.new_empty((len(gs), 3))
 
 
-def _traffic(sources, ws, outs, *read_and_written, gs=()):
-    return size_of(*(sources or ws), *ws, *outs, *gs) + 2 * size_of(*(t for ts in read_and_written for t in ts))
+def _traffic(ws, outs, *read_and_written, gs=()):
+    return size_of(*ws, *ws, *outs, *gs) + 2 * size_of(*(t for ts in read_and_written for t in ts))
 
 
-_WEIGHTS = "Tensor[] sources, Tensor(a!)[] ws, Tensor(b!)[] outs"
+_WEIGHTS = "Tensor(a!)[] ws, Tensor(b!)[] outs, Tensor? backup, int[] at"
 _GRADIENTS = "Tensor[] gs, Tensor[] firsts"
 
-_COMMON = """``sources`` are the weights before the ascent (an empty list: ws themselves), ``ws`` receive the new ones and
-        ``outs``, if any, their copies in 16 bits for fp32 w. ``u = c2 g + c1 f`` with ``firsts`` f, else ``u = c2 g``;
-        then ``u + decay w`` where decay is not 0. A row with the flag ``skip`` copies the source to w and out, and
-        changes nothing else. ``averages``, if any, become ``a + average (w' - a)``; those of a row with average 0 stay.
+_COMMON = """The weights before the ascent come from the ``backup`` and its ``at`` of sharpness_ascent_, or are ws
+        themselves (``at`` is empty); ``ws`` receive the new ones and ``outs``, if any, their copies in 16 bits for fp32 w. ``u = c2 g + c1 f`` with ``firsts`` f, else ``u = c2 g``;
+        then ``u + decay w`` where decay is not 0. A row with the flag ``skip`` restores w, copies it
+        to out, and changes nothing else. ``averages``, if any, become ``a + average (w' - a)``; those of a row with average 0 stay.
         States and averages are in the compute type; ``rows`` is fp64 ``[T, 16]``, rounded to the compute type; with
         ``state`` bfloat16 results are rounded stochastically as by sharpness_ascent_."""
 
@@ -68,8 +68,8 @@ ROWS = (
         f"({_WEIGHTS}, {_GRADIENTS}, Tensor(c!)[] momenta, Tensor(d!)[] averages, Tensor rows, Tensor? state=None)"
         " -> ()",
         _fake_in_place,
-        lambda sources, ws, outs, gs, firsts, momenta, averages, rows, state=None: _traffic(
-            sources, ws, outs, momenta, averages, gs=(*gs, *firsts)
+        lambda ws, outs, backup, at, gs, firsts, momenta, averages, rows, state=None: _traffic(
+            ws, outs, momenta, averages, gs=(*gs, *firsts)
         ),
         f"""``u' = gain u; m' = beta1 m + gain1 u'`` (u' itself with the flag ``first``); ``d = m'``, or
         ``u' + beta1 m'`` with ``nesterov``, or u' without ``momenta``; ``w' = shrink w - rate d``. SGD, and LARS with
@@ -81,8 +81,8 @@ ROWS = (
         f"({_WEIGHTS}, {_GRADIENTS}, Tensor(c!)[] means, Tensor(d!)[] squares, Tensor(e!)[] largest,"
         " Tensor(f!)[] averages, Tensor rows, bool padam, Tensor? state=None) -> ()",
         _fake_in_place,
-        lambda sources, ws, outs, gs, firsts, means, squares, largest, averages, rows, padam, state=None: _traffic(
-            sources, ws, outs, means, squares, largest, averages, gs=(*gs, *firsts)
+        lambda ws, outs, backup, at, gs, firsts, means, squares, largest, averages, rows, padam, state=None: _traffic(
+            ws, outs, means, squares, largest, averages, gs=(*gs, *firsts)
         ),
         f"""``m' = beta1 m + gain1 u; v' = beta2 v + gain2 (u u)``; with ``largest``
         ``x' = x > v' ? x : v'``, else ``x' = v'``; ``w' = shrink w - rate m'/(sqrt(x')/root + eps)``, or with ``padam``
@@ -91,10 +91,10 @@ ROWS = (
     Op(
         "descent_lamb_moments_",
         "descent",
-        f"(Tensor[] sources, {_GRADIENTS}, Tensor(a!)[] means, Tensor(b!)[] squares, Tensor rows) -> Tensor",
+        f"(Tensor[] ws, Tensor? backup, int[] at, {_GRADIENTS}, Tensor(a!)[] means, Tensor(b!)[] squares, Tensor rows) -> Tensor",
         _fake_moments,
-        lambda sources, gs, firsts, means, squares, rows: (
-            size_of(*sources, *gs, *firsts) + 2 * size_of(*means, *squares)
+        lambda ws, backup, at, gs, firsts, means, squares, rows: (
+            size_of(*ws, *gs, *firsts) + 2 * size_of(*means, *squares)
         ),
         """First half of LAMB: the moments m' and v' of descent_adam_ from u without weight decay, and the sums
         ``{q q, 0, w w}`` of each tensor, fp64 ``[T, 3]``, of ``q = (m' unbias)/(sqrt(v')/root + eps) + decay w``. A
@@ -106,8 +106,8 @@ ROWS = (
         f"({_WEIGHTS}, Tensor[] means, Tensor[] squares, Tensor(c!)[] averages, Tensor rows, Tensor sums,"
         " Tensor? state=None) -> ()",
         _fake_in_place,
-        lambda sources, ws, outs, means, squares, averages, rows, sums, state=None: _traffic(
-            sources, ws, outs, averages, gs=(*means, *squares)
+        lambda ws, outs, backup, at, means, squares, averages, rows, sums, state=None: _traffic(
+            ws, outs, averages, gs=(*means, *squares)
         ),
         f"""Second half: ``w' = shrink w - r q`` with the q of descent_lamb_moments_ and
         ``r = rate sqrt(w w)/sqrt(q q)`` from its sums; the ratio is 1 where a norm is 0 or not finite, or the row's gain

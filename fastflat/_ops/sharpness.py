@@ -7,10 +7,11 @@ import torch
 
 from fastflat._ops._row import Op, size_of
 
-#: What :func:`sharpness_sums` adds up for a tensor, and the metric of an ascent; csrc/math/sharpness.h has them too.
+#: What ``sharpness_sums`` adds up for a tensor, and the metric of an ascent; csrc/math/sharpness.h has them too.
 SUM_GRADIENT, SUM_PAIR, SUM_SCALED = 0, 1, 2
 METRICS = {"l2": 0, "scaled": 1, "linf": 2}
-BACKUP, INTO, INPLACE = 0, 1, 2
+#: Bytes of which every tensor in a backup begins at a multiple.
+ALIGNMENT = 64
 
 
 def _fake_sums(gs, others, kind, eta):
@@ -21,12 +22,13 @@ def _fake_scale(sums, rho, eps, linf):
     return rho.new_empty(rho.numel() + 2)
 
 
-def _fake_ascent(ws, gs, outs, scale, row, metric, eta, mode, state=None):
+def _fake_ascent(ws, gs, outs, backup, at, scale, metric, eta, state=None):
     return None
 
 
 def _bytes_of_sums(gs, others, kind, eta):
-    read = [o for o, k in zip(others, kind, strict=True) if k != SUM_GRADIENT] if others else []
+    kinds = kind * len(gs) if len(kind) == 1 else kind
+    read = [o for o, k in zip(others, kinds, strict=True) if k != SUM_GRADIENT] if others else []
     return size_of(*gs, *read)
 
 
@@ -39,10 +41,10 @@ ROWS = (
         _bytes_of_sums,
         """Three fp64 numbers a tensor, ``[T, 3]``, of its elements g and those o of its partner: ``kind`` 0
         ``{g g, 0, 0}`` (the partner is not read; ``others`` may be empty), 1 ``{g g, g o, o o}``, 2
-        ``{(t g)^2, 0, 0}`` with ``t = |o| + eta``. Products and sums are formed in fp64, in an order that depends on
-        shape and dtype alone: no norm of fp32 numbers overflows, and a sum is finite exactly where all its terms are.
-        Partners have the shapes of gs and lie in their strides, or are copied to them; backends agree to a relative
-        1e-12.""",
+        ``{(t g)^2, 0, 0}`` with ``t = |o| + eta``; one for all, or one a tensor. Sums are formed in fp64 (of kind 0 with
+        short runs of fp32 below them where nothing is lost), in an order that depends on shape and dtype alone: no norm
+        of fp32 numbers overflows, and a sum is finite exactly where all its terms are. Backends agree to a relative
+        1e-12, those of kind 0 to 1e-6.""",
     ),
     Op(
         "sharpness_scale",
@@ -52,23 +54,24 @@ ROWS = (
         lambda sums, rho, eps, linf: size_of(sums, rho) + 8 * (rho.numel() + 2),
         """``[rho[0]/(norm + eps), ..., norm, flag]`` in fp64, ``norm`` the root of the first column of ``sums`` ``[T, 3]``
         added up and ``flag`` 1 where that is not finite, else 0. A norm that is 0 or not finite gives scales of 0;
-        ``linf`` gives rho itself wherever the norm is finite. ``rho`` is fp64 ``[G]``.""",
+        ``linf`` gives rho itself wherever the norm is finite. ``rho`` is fp64 ``[R]``, one a tensor of the ascent.""",
     ),
     Op(
         "sharpness_ascent_",
         "sharpness",
-        "(Tensor(a!)[] ws, Tensor[] gs, Tensor(b!)[] outs, Tensor scale, int[] row, int[] metric, float eta, int mode,"
-        " Tensor? state=None) -> ()",
+        "(Tensor(a!)[] ws, Tensor[] gs, Tensor(b!)[] outs, Tensor(c!)? backup, int[] at, Tensor scale, int[] metric,"
+        " float eta, Tensor? state=None) -> ()",
         _fake_ascent,
-        lambda ws, gs, outs, scale, row, metric, eta, mode, state=None: (
-            size_of(*ws, *gs, *outs) + (0 if mode == INTO else size_of(*ws))
+        lambda ws, gs, outs, backup, at, scale, metric, eta, state=None: (
+            size_of(*ws, *gs, *outs) + (0 if outs else size_of(*ws)) + (0 if backup is None else size_of(*ws))
         ),
-        """Adds ``e = s T(w)`` to each tensor, ``s = scale[row[t]]`` rounded to the compute type, in the order written:
-        ``metric`` 0 ``s g``, 1 ``s ((t t) g)`` with ``t = |w| + eta``, 2 ``s sign(g)``. ``mode`` 0 keeps w in ``outs``
-        (same dtype) and changes w; 1 writes the sum to ``outs`` (dtype of w, or 16 bits for fp32 w) and leaves w; 2
-        changes w, ``outs`` is empty. Results are rounded to nearest even, or with a ``state`` (int64 ``[seed,
-        offset]``) bfloat16 stochastically: up where ``u < frac``, u the uniform draw of the element, elements numbered
-        in storage order through the list, each tensor from a multiple of eight on. ws, gs and outs of a tensor have
-        one shape; outs have the strides of ws.""",
+        """Adds ``e = s T(w)`` to each tensor, ``s = scale[t]`` rounded to the compute type, in the order written:
+        ``metric`` 0 ``s g``, 1 ``s ((t t) g)`` with ``t = |w| + eta``, 2 ``s sign(g)``; one for all, or one a tensor.
+        With ``outs`` (dtype of w, or 16 bits for fp32 w) the sum goes there and w stays; else it replaces w, and a
+        ``backup`` keeps the bytes of w before, in storage order: uint8, those of tensor t from ``at[t]`` on, a multiple
+        of 64; ``at`` is empty without a backup. Results are rounded to nearest even, or with a ``state`` (int64
+        ``[seed, offset]``) bfloat16 stochastically: up where ``u < frac``, u the uniform draw of the element, elements
+        numbered in storage order through the list, each tensor from a multiple of eight on. ws, gs and outs of a tensor
+        have one shape; outs have the strides of ws.""",
     ),
 )

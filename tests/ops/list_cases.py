@@ -35,7 +35,8 @@ class Lists:
     """Weights with everything that belongs to each of them."""
 
     ws: list[Tensor]
-    sources: list[Tensor]
+    backup: Tensor  # bytes of other weights, in storage order
+    at: list[int]
     outs: list[Tensor]
     gs: list[Tensor]
     firsts: list[Tensor]
@@ -46,7 +47,7 @@ class Lists:
         return copy.deepcopy(self)
 
     def tensors(self) -> list[Tensor]:
-        return [*self.ws, *self.sources, *self.outs, *itertools.chain(*self.states), *self.averages]
+        return [*self.ws, self.backup, *self.outs, *itertools.chain(*self.states), *self.averages]
 
 
 def make(storage: str, shapes=SHAPES, special: bool = True, seed: int = 0) -> Lists:
@@ -62,15 +63,30 @@ def make(storage: str, shapes=SHAPES, special: bool = True, seed: int = 0) -> Li
             made.append(x.to(memory_format=torch.channels_last) if len(shape) == 4 and t % 2 else x)
         return made
 
+    backup, at = backup_of(data(weight))
     return Lists(
         ws=data(weight),
-        sources=data(weight),
+        backup=backup,
+        at=at,
         outs=data(copied) if copied else [],
         gs=data(gradient),
         firsts=data(gradient),
         states=[data(compute), data(compute, True), data(compute, True)],
         averages=data(compute),
     )
+
+
+def backup_of(tensors: list[Tensor]) -> tuple[Tensor, list[int]]:
+    """Their bytes in storage order, each from a multiple of 64 on, with some space between them."""
+    at, end = [], 64
+    for t in tensors:
+        at.append(end)
+        end += -(-t.numel() * t.element_size() // 64) * 64 + 64
+    backup = torch.full((end,), 77, dtype=torch.uint8)
+    for t, start in zip(tensors, at, strict=True):
+        flat = t.as_strided((t.numel(),), (1,))
+        backup[start : start + t.numel() * t.element_size()] = flat.view(torch.uint8)
+    return backup, at
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
@@ -119,21 +135,21 @@ class Step:
         count = len(lists.ws)
         made = rows(count, self.rule, self.mix, self.steps, **self.numbers)
         state = torch.tensor([2024, 7], dtype=torch.int64) if self.seeded else None
-        sources = lists.sources if self.restores else []
+        restored = (lists.backup, lists.at) if self.restores else (None, [])
         firsts = lists.firsts if self.mixed else []
         averages = lists.averages if self.averages else []
         if self.op == "descent_sgd_":
             momenta = lists.states[0] if self.states else []
-            return (sources, lists.ws, lists.outs, lists.gs, firsts, momenta, averages, made, state)
+            return (lists.ws, lists.outs, *restored, lists.gs, firsts, momenta, averages, made, state)
         if self.op == "descent_adam_":
             largest = lists.states[2] if self.states == 3 else []
             states = (lists.states[0], lists.states[1], largest)
-            return (sources, lists.ws, lists.outs, lists.gs, firsts, *states, averages, made, self.rule == "padam", state)
+            return (lists.ws, lists.outs, *restored, lists.gs, firsts, *states, averages, made, self.rule == "padam", state)
         if self.op == "descent_lamb_moments_":
-            return (sources or lists.ws, lists.gs, firsts, *lists.states[:2], made)
+            return (lists.ws, *restored, lists.gs, firsts, *lists.states[:2], made)
         sums = torch.tensor([[2.0, 0.0, 3.0]], dtype=torch.float64).repeat(count, 1)
         sums[::3, 0] = 0.0
-        return (sources, lists.ws, lists.outs, *lists.states[:2], averages, made, sums, state)
+        return (lists.ws, lists.outs, *restored, *lists.states[:2], averages, made, sums, state)
 
 
 _SGD = {"lr": 0.1, "beta1": 0.9, "beta2": 0.1, "decay": 0.01}
@@ -175,20 +191,27 @@ def run_step(kernel, step: Step, lists: Lists) -> list[Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Rise:
-    """A call of sharpness_ascent_."""
+    """A call of sharpness_ascent_: ``mode`` backup, into (the copies in 16 bits, or new tensors) or in place."""
 
-    mode: int
+    mode: str
     metric: int
     eta: float = 0.01
     seeded: bool = False
+    one_for_all: bool = False
 
     def arguments(self, lists: Lists) -> tuple:
         count = len(lists.ws)
-        scale = torch.tensor([0.05, -0.3, 1e-30, 2.0], dtype=torch.float64)
-        outs = [] if self.mode == 2 else (lists.sources if self.mode == 0 else lists.outs or lists.sources)
+        scale = torch.tensor([(0.05, -0.3, 1e-30)[t % 3] for t in range(count)] + [2.0, 0.0], dtype=torch.float64)
         state = torch.tensor([11, -3], dtype=torch.int64) if self.seeded else None
-        metric = [self.metric if t % 3 else 0 for t in range(count)]
-        return (lists.ws, lists.gs, outs, scale, [t % 3 for t in range(count)], metric, self.eta, self.mode, state)
+        metric = [self.metric] if self.one_for_all else [self.metric if t % 3 else 0 for t in range(count)]
+        if self.mode == "into":
+            if not lists.outs:
+                lists.outs = [torch.empty_like(w) for w in lists.ws]
+            return (lists.ws, lists.gs, lists.outs, None, [], scale, metric, self.eta, state)
+        kept = (lists.backup, lists.at) if self.mode == "backup" else (None, [])
+        return (lists.ws, lists.gs, [], *kept, scale, metric, self.eta, state)
 
 
-RISES = tuple(Rise(mode, metric) for mode in (0, 1, 2) for metric in (0, 1, 2))
+RISES = tuple(Rise(mode, metric) for mode in ("backup", "into", "inplace") for metric in (0, 1, 2)) + (
+    Rise("backup", 1, one_for_all=True),
+)

@@ -84,13 +84,13 @@ def steps_of(rule, op_states, numbers, n=12):
             list_cases.hyper(**numbers), torch.zeros(1, dtype=torch.int64), count, mix, sums, flipped, RULES[rule]
         )
         if rule in ("sgd", "lars"):
-            reference.descent_sgd_([], [w], [], [g], [], [[s] for s in states][0] if states else [], [], row)
+            reference.descent_sgd_([w], [], None, [], [g], [], states[:1], [], row)
         elif rule == "lamb":
-            sums = reference.descent_lamb_moments_([w], [g], [], [states[0]], [states[1]], row)
-            reference.descent_lamb_([], [w], [], [states[0]], [states[1]], [], row, sums)
+            sums = reference.descent_lamb_moments_([w], None, [], [g], [], [states[0]], [states[1]], row)
+            reference.descent_lamb_([w], [], None, [], [states[0]], [states[1]], [], row, sums)
         else:
             largest = [states[2]] if op_states == 3 else []
-            reference.descent_adam_([], [w], [], [g], [], [states[0]], [states[1]], largest, [], row, rule == "padam")
+            reference.descent_adam_([w], [], None, [], [g], [], [states[0]], [states[1]], largest, [], row, rule == "padam")
     return start, gradients, w
 
 
@@ -148,7 +148,7 @@ def test_first_step_of_padam(partial, want):
     g = torch.tensor([1e-3, 0.1, 1.0, 10.0], dtype=torch.float64)
     w, m, v, x = (torch.zeros_like(g) for _ in range(4))
     row = list_cases.rows(1, "padam", steps=0.0, lr=1.0, beta1=0.9, beta2=0.999, eps=1e-8, partial=partial)
-    reference.descent_adam_([], [w], [], [g], [], [m], [v], [x], [], row, True)
+    reference.descent_adam_([w], [], None, [], [g], [], [m], [v], [x], [], row, True)
     assert (-w).tolist() == pytest.approx(list(want), rel=0.02)
 
 
@@ -189,10 +189,10 @@ def test_lars_and_lamb_do_not_see_the_scale_of_a_gradient(factor):
         count = torch.zeros(1, dtype=torch.float64)
         row = reference.descent_rows_(list_cases.hyper(**numbers), zero, count, mix, g_sums, w_sums, RULES[rule])
         if op == "sgd":
-            reference.descent_sgd_([], [new], [], [g], [], [], [], row)
+            reference.descent_sgd_([new], [], None, [], [g], [], [], [], row)
         else:
-            sums = reference.descent_lamb_moments_([new], [g], [], [m], [v], row)
-            reference.descent_lamb_([], [new], [], [m], [v], [], row, sums)
+            sums = reference.descent_lamb_moments_([new], None, [], [g], [], [m], [v], row)
+            reference.descent_lamb_([new], [], None, [], [m], [v], [], row, sums)
         assert ((new - w).norm() / w.norm()).item() == pytest.approx(1.0, rel=1e-12)
 
 

@@ -28,8 +28,6 @@ ASCENT = _ops.callable_of("sharpness_ascent_")
 @pytest.mark.parametrize("larger", [False, True])
 def test_ascent_has_the_bits_of_the_reference(compiled, storage, rise, larger):
     lists = list_cases.make(storage, list_cases.LARGER if larger else list_cases.SHAPES)
-    if rise.mode == 0:
-        lists.outs = []
     expected = lists.copy()
     ASCENT(*rise.arguments(lists))
     reference.sharpness_ascent_(*rise.arguments(expected))
@@ -52,7 +50,7 @@ def test_stochastic_rounding_has_the_right_mean():
     w, g = torch.full((n,), 1.0, dtype=torch.bfloat16), torch.full((n,), 1.0, dtype=torch.bfloat16)
     step, fraction = 2.0**-7, 0.3
     scale = torch.tensor([step * fraction], dtype=torch.float64)
-    reference.sharpness_ascent_([w], [g], [], scale, [0], [0], 0.0, 2, torch.tensor([5, 0]))
+    reference.sharpness_ascent_([w], [g], [], None, [], scale, [0], 0.0, torch.tensor([5, 0]))
     assert set(w.unique().tolist()) == {1.0, 1.0 + step}
     share = (w.double().mean().item() - 1.0) / step
     assert abs(share - fraction) < 5 * math.sqrt(fraction * (1 - fraction) / n)
@@ -72,9 +70,9 @@ def test_sums(compiled, storage, kind):
             1: (math.fsum(a * a for a in x), math.fsum(map(float.__mul__, x, o)), math.fsum(b * b for b in o)),
             2: (math.fsum(((abs(b) + 0.25) * a) ** 2 for a, b in zip(x, o, strict=True)), 0.0, 0.0),
         }[k]
-        size = max(want[0], want[2])
-        assert all(abs(a - b) <= 1e-13 * size for a, b in zip(ours[t].tolist(), want, strict=True))
-    torch.testing.assert_close(ours, reference.sharpness_sums(lists.gs, lists.ws, kinds, 0.25), rtol=1e-12, atol=1e-12)
+        # Squares alone are added up in runs of 16 in fp32: 17 roundings of 2^-24.
+        size = (1e-13 if k or storage == "fp64" else 1.1e-6) * max(want[0], want[2])
+        assert all(abs(a - b) <= size for a, b in zip(ours[t].tolist(), want, strict=True))
 
 
 @settings(max_examples=30, deadline=None)
@@ -127,18 +125,19 @@ def test_layouts_that_are_not_dense(on_backend):
     """A strided weight is changed in place, its neighbours are not."""
     base = torch.arange(24.0).view(4, 6)
     w, g = base[:, ::2], torch.ones(4, 3)
-    kept = torch.empty(4, 3)
-    ASCENT([w], [g], [kept], torch.tensor([0.5], dtype=torch.float64), [0], [0], 0.0, 0, None)
-    assert torch.equal(kept, torch.arange(24.0).view(4, 6)[:, ::2])
-    assert torch.equal(base[:, ::2], kept + 0.5)
+    kept = torch.zeros(64, dtype=torch.uint8)
+    ASCENT([w], [g], [], kept, [0], torch.tensor([0.5], dtype=torch.float64), [0], 0.0, None)
+    before = torch.arange(24.0).view(4, 6)[:, ::2]
+    assert torch.equal(kept[:48].view(torch.float32).view(4, 3), before)
+    assert torch.equal(base[:, ::2], before + 0.5)
     assert torch.equal(base[:, 1::2], torch.arange(24.0).view(4, 6)[:, 1::2])
 
 
 def test_gradient_in_another_layout(on_backend):
     w = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     g = torch.randn(2, 3, 4, 5)
-    kept, expected = torch.empty_like(w), w + 0.5 * g
-    ASCENT([w], [g], [kept], torch.tensor([0.5], dtype=torch.float64), [0], [0], 0.0, 0, None)
+    expected = w + 0.5 * g
+    ASCENT([w], [g], [], None, [], torch.tensor([0.5], dtype=torch.float64), [0], 0.0, None)
     common.assert_same_bits(w, expected)
 
 
@@ -146,10 +145,14 @@ def test_gradient_in_another_layout(on_backend):
     ("change", "message"),
     [
         ({"gs": []}, "gs must be as long as the list of weights, 2, got 0"),
-        ({"gs": [torch.ones(3), torch.ones(5)]}, "gs must have the shape of x"),
-        ({"row": [0, 1]}, "row must lie in"),
-        ({"mode": 3}, "mode must be 0, 1 or 2, got 3"),
-        ({"outs": [torch.ones(3, dtype=torch.bfloat16), torch.ones(4)]}, "outs must have the dtype of ws"),
+        ({"gs": [torch.ones(3), torch.ones(5)]}, "gs must have the shape of the weight"),
+        ({"gs": [torch.ones(3), torch.ones(4, dtype=torch.float64)]}, "gs must be float64 exactly where"),
+        ({"scale": torch.ones(1, dtype=torch.float64)}, "scale must have at least 2 values, got 1"),
+        ({"metric": [0, 0, 0]}, "metric must hold one value, or one a tensor, 2, got 3"),
+        ({"at": [0]}, "at must be as long as the list of weights, 2, got 1"),
+        ({"at": [0, 8]}, "at must be a multiple of 64 inside the backup, got 8"),
+        ({"at": [0, 128]}, "at must be a multiple of 64 inside the backup, got 128"),
+        ({"outs": [torch.ones(3), torch.ones(4)]}, "outs and backup must not both be given"),
         ({"state": torch.ones(2)}, "state must be int64"),
     ],
 )
@@ -158,12 +161,12 @@ def test_raw_ops_refuse_what_would_corrupt_memory(compiled, change, message):
     call = {
         "ws": ws,
         "gs": [torch.ones(3), torch.ones(4)],
-        "outs": [torch.ones(3), torch.ones(4)],
-        "scale": torch.ones(1, dtype=torch.float64),
-        "row": [0, 0],
-        "metric": [0, 0],
+        "outs": [],
+        "backup": torch.zeros(128, dtype=torch.uint8),
+        "at": [0, 64],
+        "scale": torch.ones(2, dtype=torch.float64),
+        "metric": [0],
         "eta": 0.0,
-        "mode": 0,
         "state": None,
     }
     with pytest.raises(RuntimeError, match=message):
@@ -178,5 +181,5 @@ def test_opcheck():
     sums = torch.ones(2, 3, dtype=torch.float64)
     rho = torch.ones(1, dtype=torch.float64)
     torch.library.opcheck(torch.ops.fastflat.sharpness_scale.default, (sums, rho, 0.0, False), test_utils=tests)
-    rise = list_cases.Rise(0, 1).arguments(lists)
+    rise = list_cases.Rise("backup", 1).arguments(lists)
     torch.library.opcheck(torch.ops.fastflat.sharpness_ascent_.default, rise, test_utils=tests)

@@ -40,6 +40,18 @@ class Writer:
         return torch.where(special, value.contiguous().to(torch.bfloat16), rounded).view(value.shape)
 
 
+def kept(backup: Tensor, at: int, w: Tensor) -> Tensor:
+    """The place in a backup of the bytes of w, in storage order, as a tensor like w."""
+    like = torch.empty_like(w)
+    place = backup[at : at + w.numel() * w.element_size()].view(w.dtype)
+    return place.as_strided(like.shape, like.stride(), place.storage_offset())
+
+
+def of_each(values: list[int], t: int) -> int:
+    """The value of tensor t in a list with one for all, or one a tensor."""
+    return values[0] if len(values) == 1 else values[t]
+
+
 def computed(t: Tensor) -> Tensor:
     """t in its compute type."""
     return t.to(compute_dtype(t.dtype))

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fastflat._ops.descent import FLAGS, HYPER, ROW, RULES
 from fastflat.backends.reference import _elementary
-from fastflat.backends.reference._lists import Writer, computed, rounded
+from fastflat.backends.reference._lists import Writer, computed, kept, rounded
 
 _LARGEST = torch.finfo(torch.float64).max
 
@@ -120,14 +122,21 @@ class _Update:
         writer.next(w.numel())
 
 
+def _sources(ws: list[Tensor], backup: Tensor | None, at: list[int]) -> Iterator[tuple[int, Tensor]]:
+    """The weights before the ascent, numbered."""
+    for t, w in enumerate(ws):
+        yield t, w if backup is None else kept(backup, at[t], w)
+
+
 def _at(tensors: list[Tensor], t: int) -> Tensor | None:
     return tensors[t] if tensors else None
 
 
 def descent_sgd_(
-    sources: list[Tensor],
     ws: list[Tensor],
     outs: list[Tensor],
+    backup: Tensor | None,
+    at: list[int],
     gs: list[Tensor],
     firsts: list[Tensor],
     momenta: list[Tensor],
@@ -136,7 +145,7 @@ def descent_sgd_(
     state: Tensor | None = None,
 ) -> None:
     writer = Writer(state)
-    for t, source in enumerate(sources or ws):
+    for t, source in _sources(ws, backup, at):
         w = computed(source)
         row = _Update(rows, t, w)
         u = row.gain * row.decayed(row.mix(gs[t], _at(firsts, t), w.dtype), w)
@@ -153,9 +162,10 @@ def _moments(row: _Update, u: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Ten
 
 
 def descent_adam_(
-    sources: list[Tensor],
     ws: list[Tensor],
     outs: list[Tensor],
+    backup: Tensor | None,
+    at: list[int],
     gs: list[Tensor],
     firsts: list[Tensor],
     means: list[Tensor],
@@ -167,7 +177,7 @@ def descent_adam_(
     state: Tensor | None = None,
 ) -> None:
     writer = Writer(state)
-    for t, source in enumerate(sources or ws):
+    for t, source in _sources(ws, backup, at):
         w = computed(source)
         row = _Update(rows, t, w)
         u = row.decayed(row.mix(gs[t], _at(firsts, t), w.dtype), w)
@@ -191,7 +201,9 @@ def _lamb(row: _Update, w: Tensor, m: Tensor, v: Tensor) -> Tensor:
 
 
 def descent_lamb_moments_(
-    sources: list[Tensor],
+    ws: list[Tensor],
+    backup: Tensor | None,
+    at: list[int],
     gs: list[Tensor],
     firsts: list[Tensor],
     means: list[Tensor],
@@ -199,7 +211,7 @@ def descent_lamb_moments_(
     rows: Tensor,
 ) -> Tensor:
     sums = rows.new_zeros((len(gs), 3))
-    for t, source in enumerate(sources):
+    for t, source in _sources(ws, backup, at):
         w = computed(source)
         row = _Update(rows, t, w)
         m, v = _moments(row, row.mix(gs[t], _at(firsts, t), w.dtype), means[t], squares[t])
@@ -211,9 +223,10 @@ def descent_lamb_moments_(
 
 
 def descent_lamb_(
-    sources: list[Tensor],
     ws: list[Tensor],
     outs: list[Tensor],
+    backup: Tensor | None,
+    at: list[int],
     means: list[Tensor],
     squares: list[Tensor],
     averages: list[Tensor],
@@ -227,7 +240,7 @@ def descent_lamb_(
     rows = rows.clone()
     rows[:, ROW.index("rate")] = torch.where(gain != 0, rate * ratio, rate)
     writer = Writer(state)
-    for t, source in enumerate(sources or ws):
+    for t, source in _sources(ws, backup, at):
         w = computed(source)
         row = _Update(rows, t, w)
         row.write(writer, source, row.step(w, _lamb(row, w, means[t], squares[t])), ws[t], _at(outs, t), _at(averages, t))

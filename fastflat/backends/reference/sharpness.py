@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastflat._ops.sharpness import BACKUP, INPLACE, METRICS, SUM_PAIR, SUM_SCALED
+from fastflat._ops.sharpness import METRICS, SUM_PAIR, SUM_SCALED
 from fastflat.backends.reference import _elementary
-from fastflat.backends.reference._lists import Writer, computed, rounded
+from fastflat.backends.reference._lists import Writer, computed, kept, of_each, rounded
 
 _LARGEST = torch.finfo(torch.float64).max
 
@@ -18,10 +18,10 @@ def sharpness_sums(gs: list[Tensor], others: list[Tensor], kind: list[int], eta:
     for t, g in enumerate(gs):
         first = g.double()
         nothing = first.new_zeros(())
-        if kind[t] == SUM_PAIR:
+        if of_each(kind, t) == SUM_PAIR:
             second = others[t].double()
             rows += [(first * first).sum(), (first * second).sum(), (second * second).sum()]
-        elif kind[t] == SUM_SCALED:
+        elif of_each(kind, t) == SUM_SCALED:
             scaled = (others[t].double().abs() + eta) * first
             rows += [(scaled * scaled).sum(), nothing, nothing]
         else:
@@ -43,27 +43,27 @@ def sharpness_ascent_(
     ws: list[Tensor],
     gs: list[Tensor],
     outs: list[Tensor],
+    backup: Tensor | None,
+    at: list[int],
     scale: Tensor,
-    row: list[int],
     metric: list[int],
     eta: float,
-    mode: int,
     state: Tensor | None = None,
 ) -> None:
     writer = Writer(state)
     for t, w in enumerate(ws):
         value = computed(w)
         g = gs[t].to(value.dtype)
-        s = rounded(scale[row[t]], w)
-        if metric[t] == METRICS["scaled"]:
+        s = rounded(scale[t], w)
+        if of_each(metric, t) == METRICS["scaled"]:
             size = value.abs() + torch.full((), eta, dtype=value.dtype, device=w.device)
             e = s * ((size * size) * g)
-        elif metric[t] == METRICS["linf"]:
+        elif of_each(metric, t) == METRICS["linf"]:
             e = s * torch.where(g > 0, torch.ones_like(g), torch.where(g < 0, -torch.ones_like(g), g))
         else:
             e = s * g
         risen = value + e
-        if mode == BACKUP:
-            outs[t].copy_(w)
-        writer.write(risen, w if mode in (BACKUP, INPLACE) else outs[t])
+        if backup is not None:
+            kept(backup, at[t], w).copy_(w)
+        writer.write(risen, outs[t] if outs else w)
         writer.next(w.numel())
