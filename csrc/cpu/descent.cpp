@@ -8,8 +8,6 @@
 namespace fastflat::cpu {
 namespace {
 
-bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
-
 const double* numbers(const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); }
 
 Tensor descent_rows_(const Tensor& hyper, const Tensor& group, const Tensor& steps, const Tensor& mix,
@@ -49,176 +47,118 @@ Tensor descent_rows_(const Tensor& hyper, const Tensor& group, const Tensor& ste
   return rows;
 }
 
-// The calls of a list, and what their pointers live on.
+// The calls of a list.
 class Calls {
  public:
-  Calls(const char* op, const Tensors& ws, const Tensor& rows) : op_(op), ws_(ws) {
+  Calls(const char* op, const Tensors& ws, const std::optional<Tensor>& backup, const Integers& at, const Tensor& rows,
+        bool changed)
+      : lists_(op, "ws", ws, changed), calls_(ws.size()), restored_(backup.has_value()) {
     check_numbers(op, "rows", rows, static_cast<int64_t>(ws.size()) * row::columns);
-    calls_.resize(ws.size());
-    weights_.reserve(ws.size());
-    alive_.reserve(3 * ws.size());
+    const auto places = lists_.places(backup, at, false);
     for (size_t t = 0; t < ws.size(); ++t) {
-      weights_.emplace_back(ws[t]);
       calls_[t].row = numbers(rows) + t * row::columns;
-      calls_[t].w = calls_[t].source = stream_of(op, "ws", like(t));
+      calls_[t].w = calls_[t].source = lists_.weight(t);
+      if (places[t]) calls_[t].source.data = places[t];
+      // Restored weights are written without having been read.
+      calls_[t].w.bypass = restored_ && lists_.beyond();
     }
   }
 
-  // A list that is read: partners of the weights.
-  void read(const char* name, const Tensors& list, Stream DescentCall::*stream, bool may_be_empty) {
-    check_lengths(op_, name, list.size(), ws_.size(), may_be_empty);
-    for (size_t t = 0; t < list.size(); ++t) {
-      check_partner(op_, name, list[t], ws_[t]);
-      alive_.push_back(in_layout_of(list[t], like(t)));
-      calls_[t].*stream = stream_of(op_, name, alive_.back());
-    }
+  void gradients(const Tensors& gs, const Tensors& firsts) {
+    add("gs", gs, Lists::partner, &DescentCall::g, false, false);
+    add("firsts", firsts, Lists::partner, &DescentCall::f, false, true);
+  }
+  void states(const char* name, const Tensors& list, Stream DescentCall::* stream, bool changed, bool may_be_empty) {
+    add(name, list, Lists::state, stream, changed, may_be_empty);
+  }
+  void results(const Tensors& outs, const Tensors& averages, const std::optional<Tensor>& state) {
+    add("outs", outs, Lists::copy, &DescentCall::out, true, true);
+    add("averages", averages, Lists::state, &DescentCall::a, true, true);
+    for (DescentCall& call : calls_) call.out.bypass = lists_.beyond();
+    lists_.draw(state, [this](size_t t, const StreamDraws& draws) { calls_[t].draws = draws; });
   }
 
-  // A list of states that stay.
-  void states(const char* name, const Tensors& list, Stream DescentCall::*stream) {
-    for (size_t t = 0; t < list.size() && t < ws_.size(); ++t) check_state(op_, name, list[t], ws_[t]);
-    read(name, list, stream, false);
-  }
-
-  // Weights before the ascent: of the dtype of ws.
-  void sources(const Tensors& list) {
-    for (size_t t = 0; t < list.size() && t < ws_.size(); ++t) {
-      STD_TORCH_CHECK(list[t].scalar_type() == ws_[t].scalar_type(), "fastflat::", op_,
-                      ": sources must have the dtype of ws");
-    }
-    read("sources", list, &DescentCall::source, true);
-  }
-
-  // A list of states that change.
-  void change(const char* name, const Tensors& list, Stream DescentCall::*stream, bool may_be_empty) {
-    check_lengths(op_, name, list.size(), ws_.size(), may_be_empty);
-    for (size_t t = 0; t < list.size(); ++t) {
-      check_state(op_, name, list[t], ws_[t]);
-      changed_.emplace_back(list[t], like(t));
-      calls_[t].*stream = stream_of(op_, name, changed_.back().tensor());
-    }
-  }
-
-  // Copies of the new weights in 16 bits.
-  void outs(const Tensors& list) {
-    check_lengths(op_, "outs", list.size(), ws_.size(), true);
-    for (size_t t = 0; t < list.size(); ++t) {
-      check_same_shape(op_, "outs", list[t], ws_[t]);
-      pair_of(op_, ws_[t].scalar_type(), list[t].scalar_type());
-      changed_.emplace_back(list[t], like(t));
-      calls_[t].out = stream_of(op_, "outs", changed_.back().tensor());
-    }
-  }
-
-  void draws(const std::optional<Tensor>& state) {
-    const int64_t* random = random_state(op_, state);
-    if (!random) return;
-    const auto starts = random_starts(ws_);
-    for (size_t t = 0; t < ws_.size(); ++t) calls_[t].draws = {random, starts[t]};
-  }
-
-  // Where sources are other tensors than ws, ws are only written.
-  void run(const DescentLoops::Map (&loops)[2], bool weights_are_written_only) {
-    const ListWork work(ws_);
-    int64_t bytes = 0;
-    for (const Tensor& w : ws_) bytes += w.numel() * static_cast<int64_t>(w.element_size());
-    for (DescentCall& call : calls_) {
-      call.out.bypass = bytes > beyond_caches;
-      call.w.bypass = weights_are_written_only && bytes > beyond_caches;
-    }
+  void run(const DescentLoops::Map (&loops)[2]) {
+    const ListWork work(lists_.views());
     work.run([&](int64_t i) {
       const ListUnit& u = work.units()[i];
-      loops[is_double(ws_[u.tensor])](calls_[u.tensor], u.begin, u.end);
+      loops[lists_.is_double(u.tensor)](calls_[u.tensor], u.begin, u.end);
     });
-    for (Changed& w : weights_) w.finish();
-    for (Changed& c : changed_) c.finish();
+    lists_.finish();
   }
 
-  Tensor run(const decltype(DescentLoops::lamb_moments)& loops) {
-    const ListWork work(ws_);
+  Tensor run(const Tensor& like, const decltype(DescentLoops::lamb_moments)& loops) {
+    const ListWork work(lists_.views());
     std::vector<double> of_units(3 * work.units().size());
     work.run([&](int64_t i) {
       const ListUnit& u = work.units()[i];
-      loops[is_double(ws_[u.tensor])](calls_[u.tensor], u.begin, u.end, &of_units[3 * i]);
+      loops[lists_.is_double(u.tensor)](calls_[u.tensor], u.begin, u.end, &of_units[3 * i]);
     });
-    for (Changed& c : changed_) c.finish();
-    return gather_sums(ws_, work, of_units);
+    lists_.finish();
+    return gather_sums(like, calls_.size(), work, of_units);
   }
 
   std::vector<DescentCall>& each() { return calls_; }
 
  private:
-  const Tensor& like(size_t t) const { return weights_[t].tensor(); }
+  void add(const char* name, const Tensors& list, Lists::Kind kind, Stream DescentCall::* stream, bool changed,
+           bool may_be_empty) {
+    lists_.add(name, list, kind, changed, may_be_empty, [&](size_t t, const Stream& s) { calls_[t].*stream = s; });
+  }
 
-  const char* op_;
-  const Tensors& ws_;
+  Lists lists_;
   std::vector<DescentCall> calls_;
-  std::vector<Changed> weights_, changed_;
-  Tensors alive_;
+  bool restored_;
 };
 
-void descent_sgd_(const Tensors& sources, const Tensors& ws, const Tensors& outs, const Tensors& gs,
-                  const Tensors& firsts, const Tensors& momenta, const Tensors& averages, const Tensor& rows,
-                  const std::optional<Tensor>& state) {
-  if (ws.empty()) return;
-  Calls calls("descent_sgd_", ws, rows);
-  calls.sources(sources);
-  calls.outs(outs);
-  calls.read("gs", gs, &DescentCall::g, false);
-  calls.read("firsts", firsts, &DescentCall::f, true);
-  calls.change("momenta", momenta, &DescentCall::m, true);
-  calls.change("averages", averages, &DescentCall::a, true);
-  calls.draws(state);
-  calls.run(descent_loops().sgd, !sources.empty());
+void descent_sgd_(const Tensors& ws, const Tensors& outs, const std::optional<Tensor>& backup, const Integers& at,
+                  const Tensors& gs, const Tensors& firsts, const Tensors& momenta, const Tensors& averages,
+                  const Tensor& rows, const std::optional<Tensor>& state) {
+  Calls calls("descent_sgd_", ws, backup, at, rows, true);
+  calls.gradients(gs, firsts);
+  calls.states("momenta", momenta, &DescentCall::m, true, true);
+  calls.results(outs, averages, state);
+  calls.run(descent_loops().sgd);
 }
 
-void descent_adam_(const Tensors& sources, const Tensors& ws, const Tensors& outs, const Tensors& gs,
-                   const Tensors& firsts, const Tensors& means, const Tensors& squares, const Tensors& largest,
-                   const Tensors& averages, const Tensor& rows, bool padam, const std::optional<Tensor>& state) {
-  if (ws.empty()) return;
-  Calls calls("descent_adam_", ws, rows);
-  calls.sources(sources);
-  calls.outs(outs);
-  calls.read("gs", gs, &DescentCall::g, false);
-  calls.read("firsts", firsts, &DescentCall::f, true);
-  calls.change("means", means, &DescentCall::m, false);
-  calls.change("squares", squares, &DescentCall::v, false);
-  calls.change("largest", largest, &DescentCall::x, true);
-  calls.change("averages", averages, &DescentCall::a, true);
-  calls.draws(state);
-  for (DescentCall& call : calls.each()) call.padam = padam;
-  calls.run(descent_loops().adam, !sources.empty());
-}
-
-Tensor descent_lamb_moments_(const Tensors& sources, const Tensors& gs, const Tensors& firsts, const Tensors& means,
-                             const Tensors& squares, const Tensor& rows) {
-  constexpr auto op = "descent_lamb_moments_";
-  STD_TORCH_CHECK(!sources.empty(), "fastflat::", op, ": sources must hold a tensor");
-  Calls calls(op, sources, rows);
-  calls.read("gs", gs, &DescentCall::g, false);
-  calls.read("firsts", firsts, &DescentCall::f, true);
-  calls.change("means", means, &DescentCall::m, false);
-  calls.change("squares", squares, &DescentCall::v, false);
-  return calls.run(descent_loops().lamb_moments);
-}
-
-void descent_lamb_(const Tensors& sources, const Tensors& ws, const Tensors& outs, const Tensors& means,
-                   const Tensors& squares, const Tensors& averages, const Tensor& rows, const Tensor& sums,
+void descent_adam_(const Tensors& ws, const Tensors& outs, const std::optional<Tensor>& backup, const Integers& at,
+                   const Tensors& gs, const Tensors& firsts, const Tensors& means, const Tensors& squares,
+                   const Tensors& largest, const Tensors& averages, const Tensor& rows, bool padam,
                    const std::optional<Tensor>& state) {
-  if (ws.empty()) return;
+  Calls calls("descent_adam_", ws, backup, at, rows, true);
+  calls.gradients(gs, firsts);
+  calls.states("means", means, &DescentCall::m, true, false);
+  calls.states("squares", squares, &DescentCall::v, true, false);
+  calls.states("largest", largest, &DescentCall::x, true, true);
+  calls.results(outs, averages, state);
+  for (DescentCall& call : calls.each()) call.padam = padam;
+  calls.run(descent_loops().adam);
+}
+
+Tensor descent_lamb_moments_(const Tensors& ws, const std::optional<Tensor>& backup, const Integers& at,
+                             const Tensors& gs, const Tensors& firsts, const Tensors& means, const Tensors& squares,
+                             const Tensor& rows) {
+  constexpr auto op = "descent_lamb_moments_";
+  Calls calls(op, ws, backup, at, rows, false);
+  calls.gradients(gs, firsts);
+  calls.states("means", means, &DescentCall::m, true, false);
+  calls.states("squares", squares, &DescentCall::v, true, false);
+  return calls.run(rows, descent_loops().lamb_moments);
+}
+
+void descent_lamb_(const Tensors& ws, const Tensors& outs, const std::optional<Tensor>& backup, const Integers& at,
+                   const Tensors& means, const Tensors& squares, const Tensors& averages, const Tensor& rows,
+                   const Tensor& sums, const std::optional<Tensor>& state) {
   constexpr auto op = "descent_lamb_";
-  Calls calls(op, ws, rows);
+  Calls calls(op, ws, backup, at, rows, true);
   check_numbers(op, "sums", sums, 3 * static_cast<int64_t>(ws.size()));
-  calls.sources(sources);
-  calls.outs(outs);
-  calls.states("means", means, &DescentCall::m);
-  calls.states("squares", squares, &DescentCall::v);
-  calls.change("averages", averages, &DescentCall::a, true);
-  calls.draws(state);
+  calls.states("means", means, &DescentCall::m, false, false);
+  calls.states("squares", squares, &DescentCall::v, false, false);
+  calls.results(outs, averages, state);
   for (size_t t = 0; t < ws.size(); ++t) {
     calls.each()[t].rate = lamb_rate(calls.each()[t].row, numbers(sums) + 3 * t);
   }
-  calls.run(descent_loops().lamb, !sources.empty());
+  calls.run(descent_loops().lamb);
 }
 
 }  // namespace

@@ -10,13 +10,13 @@
 namespace fastflat::cpu {
 
 struct DescentCall {
-  Stream source, w, out;   // weights before the ascent; the new ones; their copy in 16 bits
-  Stream g, f;             // gradients of the second and the first pass
-  Stream m, v, x;          // momentum or mean, squares, the largest of those
-  Stream a;                // average
+  Stream source, w, out;  // weights before the ascent; the new ones; their copy in 16 bits
+  Stream g, f;            // gradients of the second and the first pass
+  Stream m, v, x;         // momentum or mean, squares, the largest of those
+  Stream a;               // average
   const double* row;
   bool padam;
-  double rate;             // LAMB: with the ratio of norms
+  double rate;  // LAMB: with the ratio of norms
   StreamDraws draws;
 };
 

@@ -16,9 +16,9 @@ struct SumsCall {
 };
 
 struct AscentCall {
-  Stream w, g, out;
+  Stream w, g, out, backup;  // without out the sum replaces w
   double scale, eta;
-  int64_t metric, mode;
+  int64_t metric;
   StreamDraws draws;
 };
 

@@ -65,10 +65,10 @@ template <class C>
 void ascent(const AscentCall& call, int64_t begin, int64_t end) {
   StageBuffer<C> first, second, third;
   Ascent<C> functor{static_cast<C>(call.scale), static_cast<C>(call.eta), call.metric};
-  const Stream& result = call.mode == ascent_into ? call.out : call.w;
+  const Stream& result = call.out ? call.out : call.w;
   for (int64_t at = begin; at < end; at += stage) {
     const int64_t n = std::min(stage, end - at);
-    if (call.mode == ascent_backup) convert<C>(call.w, call.out, at, n);
+    if (call.backup) convert<C>(call.w, call.backup, at, n);
     const C* w = fetch(call.w, at, n, first);
     const C* g = fetch(call.g, at, n, second);
     C* to = target(result, at, third);

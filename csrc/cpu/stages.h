@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Loops over streams of any storage type, a stage of elements at a time: what is not stored in the compute type C, or is
-// written past the caches, goes through a buffer that stays in the first cache. Included once per instruction set,
+// Loops over streams of any storage type, a stage of elements at a time: what is not stored in the compute type C, or
+// is written past the caches, goes through a buffer that stays in the first cache. Included once per instruction set,
 // inside its namespace; no torch, no threads.
 
 constexpr int64_t stage = 512;

@@ -37,16 +37,16 @@ enum Flag : int { skip = 1, first = 2, nesterov = 4 };
 namespace hyper {
 enum Column : int {
   lr,
-  beta1,       // momentum
-  beta2,       // dampening of SGD
-  eps,         // beside a root or, in LARS, a norm
-  decay,       // weight decay
-  decoupled,   // 1: of the weight, not of the gradient
-  nesterov,    // 1 or 0
-  partial,     // exponent of Padam: 1/2 is Adam
-  trust,       // LARS: coefficient; LAMB: 1; 0 turns it off
-  average,     // weight of the new value in an average
-  ascend,      // 1: maximize
+  beta1,      // momentum
+  beta2,      // dampening of SGD
+  eps,        // beside a root or, in LARS, a norm
+  decay,      // weight decay
+  decoupled,  // 1: of the weight, not of the gradient
+  nesterov,   // 1 or 0
+  partial,    // exponent of Padam: 1/2 is Adam
+  trust,      // LARS: coefficient; LAMB: 1; 0 turns it off
+  average,    // weight of the new value in an average
+  ascend,     // 1: maximize
   unused,
   columns
 };
@@ -158,12 +158,8 @@ struct Sgd {
 
   FASTFLAT_HD static Sgd make(const double* r, bool mixed) {
     const int flags = static_cast<int>(r[row::flags]);
-    return {Update<C>::make(r, mixed),
-            static_cast<C>(r[row::beta1]),
-            static_cast<C>(r[row::gain1]),
-            static_cast<C>(r[row::gain]),
-            (flags & row::first) != 0,
-            (flags & row::nesterov) != 0,
+    return {Update<C>::make(r, mixed),    static_cast<C>(r[row::beta1]), static_cast<C>(r[row::gain1]),
+            static_cast<C>(r[row::gain]), (flags & row::first) != 0,     (flags & row::nesterov) != 0,
             r[row::gain] != 1.0};
   }
 
@@ -187,15 +183,9 @@ struct Adam {
   C beta1, gain1, beta2, gain2, root, unbias, eps, power;
 
   FASTFLAT_HD static Adam make(const double* r, bool mixed) {
-    return {Update<C>::make(r, mixed),
-            static_cast<C>(r[row::beta1]),
-            static_cast<C>(r[row::gain1]),
-            static_cast<C>(r[row::beta2]),
-            static_cast<C>(r[row::gain2]),
-            static_cast<C>(r[row::root]),
-            static_cast<C>(r[row::unbias]),
-            static_cast<C>(r[row::eps]),
-            static_cast<C>(r[row::power])};
+    return {Update<C>::make(r, mixed),      static_cast<C>(r[row::beta1]), static_cast<C>(r[row::gain1]),
+            static_cast<C>(r[row::beta2]),  static_cast<C>(r[row::gain2]), static_cast<C>(r[row::root]),
+            static_cast<C>(r[row::unbias]), static_cast<C>(r[row::eps]),   static_cast<C>(r[row::power])};
   }
 
   FASTFLAT_HD void moments(C u, C& m, C& v) const {

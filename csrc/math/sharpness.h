@@ -26,13 +26,6 @@ enum SumKind : int64_t {
   sum_scaled,    // {(t g)^2, 0, 0}, t = |o| + eta
 };
 
-// Where sharpness_ascent_ leaves its result.
-enum AscentMode : int64_t {
-  ascent_backup,   // out = w, w = w + e
-  ascent_into,     // out = w + e, w as it was
-  ascent_inplace,  // w = w + e
-};
-
 template <class C>
 FASTFLAT_HD C magnitude(C v) {
   return v < C(0) ? -v : v == C(0) ? C(0) : v;

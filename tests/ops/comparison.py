@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 #: Ties of a grid of 0.1 and of 0.5, zeros of both signs, subnormals, infinities, NaN, overflow of x/s and of int64.
 SPECIAL = (0.0, -0.0, 0.05, -0.05, 0.15, 0.25, -0.25, 0.75, -0.75, 1.25, 1e-40, -1e-40, 3e38, -3e38, 1e20, -1e20)
