@@ -30,6 +30,15 @@ def divide(a, b):
 
 
 @triton.jit
+def square_root(v):
+    """The square root as IEEE defines it."""
+    if v.dtype == tl.float64:
+        return tl.sqrt(v)
+    else:
+        return tl.sqrt_rn(v)
+
+
+@triton.jit
 def copy_sign(magnitude, sign):
     """The magnitude (not negative) with the sign bit of `sign`."""
     if magnitude.dtype == tl.float64:
