@@ -71,11 +71,10 @@ def bfloat16_stochastic_bits(v, u):
 def deliver(ptr, start, n, v, seed, first, SEEDED: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Write a tile in the storage type of the pointer; with SEEDED bfloat16 by the draws of the elements from `first`
     on, the number of the tensor's first one."""
-    STORED: tl.constexpr = ptr.dtype.element_ty
-    if SEEDED and STORED == tl.int16:
+    if SEEDED and ptr.dtype.element_ty == tl.int16:
         raw = bfloat16_stochastic_bits(v, uniform_run(seed, first.to(tl.int64) + start, BLOCK))
     else:
-        raw = narrow(v, STORED)
+        raw = narrow(v, ptr.dtype.element_ty)
     put(ptr, start, n, raw, BLOCK, MASKED)
 
 

@@ -69,13 +69,13 @@ def _sums_chunk(partials, g_ptr, o_ptr, start, n, eta_bits, KIND: tl.constexpr, 
 @triton.jit
 def _sharpness_sums_list_kernel(
     tensors, chunks, partials, eta_bits,
-    G: tl.constexpr, O: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    G: tl.constexpr, OTHER: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Three sums of each chunk."""
     pid = program(True)
     row = tensors + tl.load(chunks + 2 * pid) * _SUMMED
     start, n = extent(tl.load(chunks + 2 * pid + 1), tl.load(row + 1), WIDE)
-    _sums_chunk(partials, pointer(row, 2, G), pointer(row, 3, O), start, n, eta_bits, KIND, BLOCK)
+    _sums_chunk(partials, pointer(row, 2, G), pointer(row, 3, OTHER), start, n, eta_bits, KIND, BLOCK)
 
 
 @triton.jit(do_not_specialize=["t", "n", "eta_bits"])
