@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """fastflat: fused kernels for low-bit, flatness-seeking training in PyTorch."""
 
-from fastflat import functional, quant
+from fastflat import functional, optim, quant
 from fastflat._spec import QuantSpec
 from fastflat.backends import FallbackWarning, backend, backends, choose
 from fastflat.functional import (
@@ -41,6 +41,7 @@ __all__ = [
     "functional",
     "liq_quantize",
     "mixquant",
+    "optim",
     "param_groups",
     "prepare",
     "quant",

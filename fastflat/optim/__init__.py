@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sharpness-aware optimizers, and the fused base optimizers under them."""
+
+from fastflat.optim._fused import FusedOptimizer
+from fastflat.optim.bases import LAMB, LARS, SGD, Adam, AdamW, Gadam, GadamX, Padam
+from fastflat.optim.sam import SAM
+from fastflat.optim.variants import GNP, GSAM, HERO, SAQ
+
+__all__ = [
+    "GNP",
+    "GSAM",
+    "HERO",
+    "LAMB",
+    "LARS",
+    "SAM",
+    "SAQ",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "FusedOptimizer",
+    "Gadam",
+    "GadamX",
+    "Padam",
+]

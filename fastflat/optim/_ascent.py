@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters an ascent moves, and where their weights are kept meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from fastflat.optim import _tensors
+
+STORAGES = ("backup", "swap", "master")
+
+
+class AscentPlan:
+    """The perturbed parameters, in an order: those with a master first.
+
+    Attributes:
+        params: the parameters; ``groups`` the number of the group of each.
+        backup: bytes of the weights before the ascent, None where no parameter needs them.
+        place: where in the backup those of a parameter begin.
+        halves: whether weights in 16 bits are moved themselves.
+    """
+
+    def __init__(
+        self,
+        members: list[tuple[Tensor, int]],
+        storage: str,
+        has_master: Callable[[Tensor], bool],
+        device: torch.device,
+    ):
+        members = sorted(members, key=lambda member: not has_master(member[0]))
+        self.params = [p for p, _ in members]
+        self.groups = [g for _, g in members]
+        self._masters = sum(has_master(p) for p in self.params)
+        self.sharded = any(_tensors.is_dtensor(p) for p in self.params)
+        self._device = device
+        self._rho: tuple[list[float], Tensor] | None = None
+        own = [_tensors.local(p) for p in self.params[self._masters :]]
+        self.halves = any(p.dtype in (torch.bfloat16, torch.float16) for p in own)
+        self.place: dict[Tensor, int] = {}
+        self._at: list[int] = []
+        self.backup: Tensor | None = None
+        self._others: list[Tensor] | None = None
+        self._originals: list[Tensor] | None = None
+        if storage == "swap":
+            self._others = [torch.empty_like(p, requires_grad=False) for p in own]
+        elif own:
+            self._at, size = _tensors.places(own)
+            self.backup = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+            self.place = dict(zip(self.params[self._masters :], self._at, strict=True))
+        self._kept_masters: dict[Tensor, Tensor] = {}
+        self._held = [] if self.sharded else [_tensors.Held(self.params)]
+
+    def gradients(self) -> list[Tensor]:
+        return [_tensors.local(p.grad) for p in self.params] if self.sharded else [p.grad for p in self.params]
+
+    def weights(self, weights_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """What the kernels read: masters, then the parameters themselves."""
+        first = [_tensors.local(weights_of(p)) for p in self.params[: self._masters]]
+        rest = self.params[self._masters :]
+        return [*first, *(map(_tensors.local, rest) if self.sharded else rest)]
+
+    def radii(self, of_groups: list[float]) -> Tensor:
+        """The radius of each parameter, fp64 on the device; sent there when one has changed."""
+        if self._rho is None or self._rho[0] != of_groups:
+            bad = [rho for rho in of_groups if not 0 <= rho < float("inf")]
+            if bad:
+                raise ValueError(f"fastflat.optim: rho must be a finite number of at least 0, got {bad[0]!r}")
+            each = torch.tensor([of_groups[g] for g in self.groups], dtype=torch.float64)
+            if self._rho is None:
+                self._rho = (of_groups, each.to(self._device))
+            else:
+                self._rho[1].copy_(each)
+                self._rho = (of_groups, self._rho[1])
+        return self._rho[1]
+
+    def rise(
+        self,
+        kernels: SimpleNamespace,
+        ws: list[Tensor],
+        grads: list[Tensor],
+        scale: Tensor,
+        metrics: list[int],
+        eta: float,
+        state: Tensor | None,
+    ) -> None:
+        m = self._masters
+        self._kept_masters = dict(zip(self.params[:m], ws[:m], strict=True))
+        of_masters, of_rest = (metrics, metrics) if len(metrics) == 1 else (metrics[:m], metrics[m:])
+        if m:
+            copies = [_tensors.local(p) for p in self.params[:m]]
+            kernels.sharpness_ascent_(ws[:m], grads[:m], copies, None, [], scale[:m], of_masters, eta, None)
+        if m == len(ws):
+            return
+        rest, of_scale = (ws[m:], grads[m:]), scale[m : len(ws)]
+        if self._others is None:
+            kernels.sharpness_ascent_(*rest, [], self.backup, self._at, of_scale, of_rest, eta, state)
+            return
+        kernels.sharpness_ascent_(*rest, self._others, None, [], of_scale, of_rest, eta, state)
+        self._originals = [p.data for p in self.params[m:]]
+        for p, other in zip(self.params[m:], self._others, strict=True):
+            p.data = other
+
+    def point_back(self) -> None:
+        """Swapped parameters point to their own memory again."""
+        if self._originals is not None:
+            for p, original in zip(self.params[self._masters :], self._originals, strict=True):
+                p.data = original
+            self._originals = None
+
+    def put_back(self, params: list[Tensor]) -> None:
+        """The weights of these before the ascent."""
+        for p in params:
+            w = _tensors.local(p)
+            if p in self._kept_masters:
+                w.copy_(self._kept_masters[p])
+            elif self.backup is not None:
+                w.copy_(_tensors.kept(self.backup, self.place[p], w))
+
+    def share_not_moved(self) -> float:
+        """The share of the weights in 16 bits that the ascent left where they were, of those with a gradient."""
+        stayed = count = 0
+        for t, p in enumerate(self.params[self._masters :]):
+            w = _tensors.local(p)
+            if w.dtype not in (torch.bfloat16, torch.float16):
+                continue
+            before = self._originals[t] if self._originals is not None else _tensors.kept(self.backup, self._at[t], w)
+            moving = _tensors.local(p.grad) != 0
+            stayed += ((w == before) & moving).sum()
+            count += moving.sum()
+        return float(stayed) / max(float(count), 1.0)

@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer under all others here: one descent kernel over the whole list of parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastflat import backends
+from fastflat._ops import compute_dtype
+from fastflat._ops.descent import HYPER
+from fastflat.optim import _tensors
+from fastflat.optim._rules import AVERAGE, IGNORED, Rule
+
+AVERAGES = ("ema", "mean")
+
+
+class Bucket:
+    """Neighbouring parameters of a plan that one call of a kernel takes: the same states, places and copies."""
+
+    def __init__(self, form: tuple, first: int, members: list[int]):
+        self.form, self.members = form, members
+        self.rows = slice(first, first + len(members))
+        self.states: list[list[Tensor]] = []
+        self.averages: list[Tensor] = []
+
+
+class Plan:
+    """What stays the same while the same parameters have gradients: their order, states and tables."""
+
+    def __init__(self, params: list[Tensor], order: list[int], buckets: list[Bucket], group: Tensor, whole: bool):
+        self.params, self.order, self.buckets, self.group = params, order, buckets, group
+        self.index = None if whole else torch.tensor(order, dtype=torch.int64, device=group.device)
+        self.sharded = any(_tensors.is_dtensor(p) for p in params)
+        self.held = [] if self.sharded else [_tensors.Held(params)]
+        for b in buckets:
+            self.held += [_tensors.Held(tensors) for tensors in (*b.states, b.averages)]
+
+    def gradients(self) -> list[Tensor]:
+        return [_tensors.local(p.grad) for p in self.params] if self.sharded else [p.grad for p in self.params]
+
+
+@dataclasses.dataclass
+class Weights:
+    """The weights of a bucket as a descent kernel takes them: ``ws`` take the new values, ``outs`` their copies in 16
+    bits; the values before lie in the backup, or are ws."""
+
+    ws: list[Tensor]
+    outs: list[Tensor] = dataclasses.field(default_factory=list)
+    backup: Tensor | None = None
+    at: list[int] = dataclasses.field(default_factory=list)
+
+    def before(self) -> list[Tensor]:
+        if self.backup is None:
+            return self.ws
+        return [_tensors.kept(self.backup, at, w) for at, w in zip(self.at, self.ws, strict=True)]
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """A base optimizer whose step is one pass over all parameters.
+
+    Args:
+        params: parameters or groups of them, as torch.optim takes them; floating, on one device.
+        rule: the base.
+        average: ``None``, ``"ema"`` or ``"mean"``: an average of the weights kept in the same pass, in the state
+            ``"average"``. An exponential one moves by ``1 - ema_decay`` each step, a running mean takes every
+            ``average_every``-th step from step ``average_start`` on.
+        options: options of the groups over the rule's defaults.
+
+    It honours ``grad_scale`` and ``found_inf`` of :class:`torch.amp.GradScaler`: a step with an overflow changes nothing
+    but what a perturbation left, which it restores.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params,
+        rule: Rule,
+        *,
+        average: str | None = None,
+        ema_decay: float = 0.999,
+        average_every: int = 1,
+        average_start: int = 0,
+        **options: Any,
+    ):
+        self._rule = rule
+        self._name = f"fastflat.optim.{type(self).__name__}"
+        if average is not None and average not in AVERAGES:
+            raise ValueError(f"{self._name}: average must be None, {' or '.join(AVERAGES)}, got {average!r}")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"{self._name}: ema_decay must lie in [0, 1), got {ema_decay!r}")
+        if average_every < 1 or average_start < 0:
+            raise ValueError(
+                f"{self._name}: average_every must be at least 1 and average_start at least 0,"
+                f" got {average_every!r} and {average_start!r}"
+            )
+        unknown = sorted(set(options) - set(rule.defaults) - set(IGNORED) - set(self._own_options()))
+        if unknown:
+            raise TypeError(f"{self._name}: base {rule.name!r} has no option {', '.join(unknown)}")
+        options = {name: value for name, value in options.items() if name not in IGNORED}
+        averaging = {
+            "average": average, "ema_decay": ema_decay, "average_every": average_every,
+            "average_start": average_start, "average_clock": 0, "average_count": 0,
+        }  # fmt: skip
+        self._forget_plans()
+        super().__init__(params, {**rule.defaults, **averaging, **options})
+        _tensors.check_parameters(self._name, self._all())
+
+    # Options and groups ----------------------------------------------------------------------------------------------
+
+    def _own_options(self) -> tuple[str, ...]:
+        """Options of a group that are this class's, not the base's."""
+        return ()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._rule.check(self._name, self.param_groups[-1])
+            _tensors.check_parameters(self._name, self._all())
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._forget_plans()
+
+    def _all(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _forget_plans(self) -> None:
+        self._plans: dict[object, Plan] = {}
+        self._members: list[tuple[Tensor, int]] | None = None
+        self._numbers: tuple | None = None
+        self._hyper: Tensor | None = None
+        self._steps: Tensor | None = None
+
+    def _of_groups(self) -> list[tuple[Tensor, int]]:
+        """Every parameter with the number of its group."""
+        if self._members is None:
+            self._members = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"]]
+        return self._members
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def _adapted(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return p.dim() > 1 or group.get("adapt_vectors", True)
+
+    def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self._rule.slots(group)
+
+    def _count_steps(self) -> Tensor:
+        """The counts of all parameters, one fp64 tensor; ``state[p]["step"]`` are views of it."""
+        if self._steps is None:
+            members = self._of_groups()
+            before = [float(self.state[p]["step"]) if "step" in self.state.get(p, ()) else None for p, _ in members]
+            # States of torch.optim.SGD come without a count: momentum that is there has had its first step.
+            counts = [
+                float(bool(self.state.get(p))) if b is None else b for b, (p, _) in zip(before, members, strict=True)
+            ]
+            self._steps = torch.tensor(counts, dtype=torch.float64, device=self._device())
+            for i, (p, _) in enumerate(members):
+                if p in self.state:
+                    self.state[p]["step"] = self._steps[i]
+        return self._steps
+
+    def _state_of(self, p: Tensor, number: int, group: dict[str, Any], slots: tuple[str, ...]) -> dict[str, Any]:
+        state = self.state[p]
+        state.setdefault("step", self._count_steps()[number])
+        dtype = compute_dtype(_tensors.local(p).dtype)
+        for slot in slots:
+            if slot not in state:
+                state[slot] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+        if group["average"] and AVERAGE not in state:
+            state[AVERAGE] = self._weights_of(p).detach().to(dtype, copy=True)
+        return state
+
+    def _weights_of(self, p: Tensor) -> Tensor:
+        """The tensor whose values are the parameter's, in its best precision."""
+        return p
+
+    # Plans -----------------------------------------------------------------------------------------------------------
+
+    def _form(self, p: Tensor, group: dict[str, Any]) -> tuple:
+        """What the parameters of a bucket share."""
+        return (self._slots(group), bool(group["average"]))
+
+    def _plan(self, has: list[bool] | None = None) -> Plan:
+        """The plan of the parameters that have a gradient (None: all have)."""
+        key = None if has is None else tuple(has)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) > 64:  # a new set each step: layers dropped at random
+                self._plans.clear()
+            plan = self._plans[key] = self._make_plan(has)
+        return plan
+
+    def _make_plan(self, has: list[bool] | None) -> Plan:
+        forms: dict[tuple, list[int]] = {}
+        members = self._of_groups()
+        for i, (p, g) in enumerate(members):
+            if has is None or has[i]:
+                forms.setdefault(self._form(p, self.param_groups[g]), []).append(i)
+        order = [i for of_form in forms.values() for i in of_form]
+        params = [members[i][0] for i in order]
+        buckets, first = [], 0
+        for form, of_form in forms.items():
+            bucket = Bucket(form, first, of_form)
+            groups = [self.param_groups[members[i][1]] for i in of_form]
+            states = [
+                self._state_of(members[i][0], i, group, form[0]) for i, group in zip(of_form, groups, strict=True)
+            ]
+            bucket.states = [[_tensors.local(s[slot]) for s in states] for slot in form[0]]
+            bucket.averages = [_tensors.local(s[AVERAGE]) for s in states] if form[1] else []
+            buckets.append(bucket)
+            first += len(of_form)
+        numbers = [members[i][1] for i in order]
+        rows = [2 * g + (not self._adapted(p, self.param_groups[g])) for g, p in zip(numbers, params, strict=True)]
+        group = torch.tensor(rows, dtype=torch.int64, device=self._device())
+        return Plan(params, order, buckets, group, order == list(range(len(members))))
+
+    def _device(self) -> torch.device:
+        return _tensors.local(self._of_groups()[0][0]).device
+
+    def _with_gradients(self) -> list[bool] | None:
+        has = [p.grad is not None for p, _ in self._of_groups()]
+        return None if all(has) else has
+
+    # One step --------------------------------------------------------------------------------------------------------
+
+    def _hyper_numbers(self) -> Tensor:
+        """The groups' numbers on the device, two rows a group: with the ratios of LARS and LAMB and without."""
+        numbers = tuple(self._rule.hyper(group, adapted) for group in self.param_groups for adapted in (True, False))
+        if numbers != self._numbers:
+            device = self._device()
+            fresh = torch.tensor(numbers, dtype=torch.float64)
+            if self._hyper is None or self._hyper.shape != fresh.shape:
+                self._hyper = fresh.to(device)
+            elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{self._name}: an option of a group changed during the capture of a CUDA graph; change lr through a"
+                    " tensor, the others before the capture"
+                )
+            else:
+                self._hyper.copy_(fresh)
+            self._numbers = numbers
+        for i, group in enumerate(self.param_groups):
+            if isinstance(group["lr"], Tensor):
+                self._hyper[2 * i : 2 * i + 2, HYPER.index("lr")] = group["lr"].to(self._hyper.dtype)
+        return self._hyper
+
+    def _tick_averages(self) -> None:
+        """The weight of this step's result in the averages."""
+        for group in self.param_groups:
+            if not group["average"]:
+                continue
+            weight = 0.0
+            if group["average"] == "ema":
+                weight = 1.0 - group["ema_decay"]
+            elif (
+                group["average_clock"] >= group["average_start"]
+                and (group["average_clock"] - group["average_start"]) % group["average_every"] == 0
+            ):
+                group["average_count"] += 1
+                weight = 1.0 / group["average_count"]
+            group["average_clock"] += 1
+            group["average_weight"] = weight
+
+    def _scaled_mix(self, c: tuple[Tensor | float, Tensor | float] | None, skip: Tensor | None) -> Tensor:
+        """``[c1, c2, skip]``, unscaled and stopped as torch.amp.GradScaler asks."""
+        device = self._device()
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is None and found is None and c is None and skip is None:
+            if getattr(self, "_plain_mix", None) is None or self._plain_mix.device != device:
+                self._plain_mix = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, device=device)
+            return self._plain_mix
+        mix = torch.zeros(3, dtype=torch.float64, device=device)
+        mix[0], mix[1] = c if c is not None else (0.0, 1.0)
+        if scale is not None:
+            mix /= scale.to(device, torch.float64)
+        flags = [f.to(device, torch.float64).reshape(()) for f in (found, skip) if f is not None]
+        mix[2] = sum(flags) if flags else 0.0
+        return mix
+
+    def _weights(self, plan: Plan, bucket: Bucket) -> Weights:
+        return Weights([_tensors.local(p) for p in plan.params[bucket.rows]])
+
+    def _descend(
+        self, plan: Plan, grads: list[Tensor], mix: Tensor, firsts: list[Tensor] | None, state: Tensor | None
+    ) -> None:
+        """The base's step of every parameter of the plan, from its gradients of the second and the first pass."""
+        if not plan.params:
+            return
+        kernels = backends.kernels(plan.group.device.type)
+        hyper, every = self._hyper_numbers(), self._count_steps()
+        steps = every if plan.index is None else every[plan.index]
+        weights = [self._weights(plan, b) for b in plan.buckets]
+        with torch._C._AutoDispatchBelowAutograd():
+            sums = self._lars_sums(kernels, plan, weights, grads, firsts) if self._rule.name == "lars" else (None, None)
+            rows = kernels.descent_rows_(hyper, plan.group, steps, mix, *sums, self._rule.number)
+            if plan.index is not None:
+                every[plan.index] = steps
+            for b, w in zip(plan.buckets, weights, strict=True):
+                kept, given = (w.backup, w.at), (grads[b.rows], firsts[b.rows] if firsts else [])
+                of_rows, states = rows[b.rows], b.states
+                if self._rule.name in ("sgd", "lars"):
+                    momenta = states[0] if states else []
+                    kernels.descent_sgd_(w.ws, w.outs, *kept, *given, momenta, b.averages, of_rows, state)
+                elif self._rule.name == "lamb":
+                    norms = kernels.descent_lamb_moments_(w.ws, *kept, *given, *states, of_rows)
+                    if plan.sharded:
+                        _tensors.sum_over_shards(norms, plan.params[b.rows])
+                    kernels.descent_lamb_(w.ws, w.outs, *kept, *states, b.averages, of_rows, norms, state)
+                else:
+                    means, squares, largest = (*states, [])[:3]
+                    kernels.descent_adam_(
+                        w.ws, w.outs, *kept, *given, means, squares, largest, b.averages, of_rows,
+                        self._rule.name == "padam", state,
+                    )  # fmt: skip
+        states = (t for b in plan.buckets for of_slot in (*b.states, b.averages) for t in of_slot)
+        torch.autograd.graph.increment_version([*plan.params, *states])
+
+    def _lars_sums(self, kernels, plan, weights, grads, firsts) -> tuple[Tensor, Tensor]:
+        """{g.g, g.f, f.f} and {w.w, 0, 0} of each parameter, of the weights before the ascent."""
+        before = [w for of_bucket in weights for w in of_bucket.before()]
+        of_gradients = kernels.sharpness_sums(grads, firsts or [], [1] if firsts else [0], 0.0)
+        of_weights = kernels.sharpness_sums(before, [], [0], 0.0)
+        if plan.sharded:
+            _tensors.sum_over_shards(of_gradients, plan.params)
+            _tensors.sum_over_shards(of_weights, plan.params)
+        return of_gradients, of_weights
+
+    def _gradients(self, plan: Plan) -> list[Tensor]:
+        grads = plan.gradients()
+        _tensors.check_gradients(self._name, grads)
+        return grads
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step of the base optimizer.
+
+        Args:
+            closure: computes the loss anew and its gradients; called once, with gradients enabled.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._tick_averages()
+        plan = self._plan(self._with_gradients())
+        self._descend(plan, self._gradients(plan), self._scaled_mix(None, None), None, None)
+        return loss
+
+    # Averages --------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The parameters hold their averages inside the block and their own values, bit for bit, after it.
+
+        Batch normalisation needs statistics of the averaged weights: ``torch.optim.swa_utils.update_bn`` takes them.
+        """
+        chosen = [p for p, _ in self._of_groups() if AVERAGE in self.state.get(p, ())]
+        if not chosen:
+            raise RuntimeError(f"{self._name}.averaged: no parameter has an average; pass average='ema' or 'mean'")
+        before = [p.detach().clone() for p in chosen]
+        with torch.no_grad():
+            for p in chosen:
+                p.copy_(self.state[p][AVERAGE])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(chosen, before, strict=True):
+                    p.copy_(value)
+
+    # Saving ----------------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` gave, bit for bit: states keep their own precision.
+
+        Raises:
+            ValueError: a state does not have the shape of its parameter, as in a file of another number of ranks.
+        """
+        self._check_state(state_dict)
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        numbers = (n for group in state_dict["param_groups"] for n in group["params"])
+        for number, (p, _) in zip(numbers, [(p, 0) for p in self._all()], strict=True):
+            for name, value in saved.get(number, {}).items():
+                # torch casts states to the parameter's type, which loses bits where that has 16.
+                if isinstance(value, Tensor) and name != "step":
+                    self.state[p][name] = value.detach().to(_tensors.local(p).device, copy=True)
+        self._forget_plans()
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        own = [len(group["params"]) for group in self.param_groups]
+        if sizes != own:
+            raise ValueError(f"{self._name}.load_state_dict: groups must hold {own} parameters, got {sizes}")
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        for number, p in zip(numbers, self._all(), strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if not isinstance(value, Tensor) or name == "step":
+                    continue
+                sharded = _tensors.is_dtensor(p)
+                if tuple(value.shape) != tuple(p.shape) or (sharded and not _tensors.is_dtensor(value)):
+                    hint = (
+                        "; load sharded states through torch.distributed.checkpoint, which reshards" if sharded else ""
+                    )
+                    kind = f"{'DTensor ' if sharded else ''}{list(p.shape)}"
+                    raise ValueError(
+                        f"{self._name}.load_state_dict: {name} of parameter {number} must be {kind},"
+                        f" got {list(value.shape)}{hint}"
+                    )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_plans()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans hold tensors of the process; they are made again.
+        kept = {"_rule", "_name"}
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}

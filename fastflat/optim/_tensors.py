@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters as the kernels take them: local shards, one device, no shared memory, dense gradients."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastflat._ops.sharpness import ALIGNMENT
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_dtensor(t: Tensor) -> bool:
+    # A DTensor cannot exist before its module is imported, and importing it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """The shard of a DTensor that lies on this rank, any other tensor itself."""
+    return t._local_tensor if is_dtensor(t) else t
+
+
+def check_parameters(op: str, params: Sequence[Tensor]) -> None:
+    """Floating tensors of a known type on one device, no two of which share memory."""
+    seen: dict[int, list[tuple[int, int]]] = {}
+    device = None
+    for p in params:
+        if is_dtensor(p):
+            p = p._local_tensor
+        if p.dtype not in FLOATS:
+            raise TypeError(f"{op}: parameters must be float32, float64, bfloat16 or float16, got {p.dtype}")
+        if p.layout is not torch.strided:
+            raise TypeError(f"{op}: parameters must be dense, got {p.layout}")
+        if device is not None and p.device != device:
+            raise ValueError(
+                f"{op}: parameters must be on one device, got {device} and {p.device}; use one optimizer a device"
+            )
+        device = p.device
+        if p.numel() and p.device.type != "meta":
+            last = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1
+            start = p.storage_offset() * p.element_size()
+            span = (start, start + last * p.element_size())
+            seen.setdefault(p.untyped_storage().data_ptr(), []).append(span)
+    for spans in seen.values():
+        spans.sort()
+        if any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+            raise ValueError(f"{op}: parameters must not share memory; pass a tied parameter once, not two views of it")
+
+
+def check_gradients(op: str, grads: Iterable[Tensor]) -> None:
+    """Dense, real gradients."""
+    layouts = {g.layout for g in grads}
+    if layouts - {torch.strided}:
+        found = (layouts - {torch.strided}).pop()
+        raise ValueError(f"{op}: gradients must be dense, got {found}; build the embedding with sparse=False")
+
+
+def shares_memory(t: Tensor) -> bool:
+    """Whether other tensors live in t's storage, as gradients in the buckets of DistributedDataParallel do."""
+    return t.untyped_storage().nbytes() != t.numel() * t.element_size()
+
+
+def places(ws: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where the bytes of each tensor begin in a backup, and the size of the backup."""
+    at, end = [], 0
+    for w in ws:
+        at.append(end)
+        end += -(-w.numel() * w.element_size() // ALIGNMENT) * ALIGNMENT
+    return at, end
+
+
+def kept(backup: Tensor, at: int, w: Tensor) -> Tensor:
+    """What a backup holds of w, as a tensor with the strides of the dense w."""
+    like = torch.empty_like(w, device="meta")
+    place = backup[at : at + w.numel() * w.element_size()].view(w.dtype)
+    return place.as_strided(like.shape, like.stride(), place.storage_offset())
+
+
+def sum_over_shards(sums: Tensor, params: Sequence[Tensor]) -> None:
+    """Adds up the rows of ``sums`` [T, 3] of sharded parameters over the ranks that hold the other shards, in place."""
+    rows: dict[tuple, list[int]] = {}
+    for t, p in enumerate(params):
+        if is_dtensor(p):
+            sharded = tuple(d for d, placement in enumerate(p.placements) if placement.is_shard())
+            if sharded:
+                rows.setdefault((p.device_mesh, sharded), []).append(t)
+    for (mesh, sharded), of_mesh in rows.items():
+        whole = len(of_mesh) == len(params)
+        part = sums if whole else sums[of_mesh]
+        for d in sharded:
+            torch.distributed.all_reduce(part, group=mesh.get_group(d))
+        if not whole:
+            sums[of_mesh] = part
+
+
+class Held:
+    """A second owner of tensors, on the C++ side. A tensor that only Python owns takes and drops the interpreter's lock
+    each time a kernel's argument is built from it, which a list of a thousand notices."""
+
+    def __init__(self, tensors: list[Tensor]):
+        make = getattr(torch._C, "ScriptList", None)
+        self._owner = make(tensors) if make is not None and tensors else None
