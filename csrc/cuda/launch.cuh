@@ -123,11 +123,12 @@ struct Range {
   FASTFLAT_HD bool holds_all(int64_t offset, int count) const { return offset >= begin && offset + count <= end; }
 };
 
-// The pack at `offset` (a multiple of N) of a 16-byte aligned array; elements outside `valid` are not touched and 0.
+// The pack at `offset` (a multiple of N) of a 16-byte aligned array, or of any array where it is not `wide`; elements
+// outside `valid` are not touched and 0.
 template <int N, class T>
-__device__ __forceinline__ Pack<T, N> load_pack(const T* from, int64_t offset, Range valid) {
+__device__ __forceinline__ Pack<T, N> load_pack(const T* from, int64_t offset, Range valid, bool wide = true) {
   Pack<T, N> pack{};
-  if (valid.holds_all(offset, N)) {
+  if (wide && valid.holds_all(offset, N)) {
     constexpr int words = N * sizeof(T) / kAccess;
     uint4 raw[words];
 #pragma unroll
@@ -151,8 +152,9 @@ __device__ __forceinline__ Pack<T, N> load_pack(Optional<T> from, int64_t offset
 }
 
 template <int N, class T>
-__device__ __forceinline__ void store_pack(T* to, int64_t offset, Range valid, const Pack<T, N>& pack) {
-  if (valid.holds_all(offset, N)) {
+__device__ __forceinline__ void store_pack(T* to, int64_t offset, Range valid, const Pack<T, N>& pack,
+                                           bool wide = true) {
+  if (wide && valid.holds_all(offset, N)) {
     constexpr int words = N * sizeof(T) / kAccess;
     uint4 raw[words];
     memcpy(raw, &pack, sizeof(pack));

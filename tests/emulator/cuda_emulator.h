@@ -12,6 +12,7 @@
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct alignas(16) [[gnu::may_alias]] uint4 {
   unsigned x, y, z, w;

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -22,7 +24,14 @@ PAIRS = {
 STREAM = 0x57  # any address: the kernels only hand it on
 
 
-class Emulated:
+def _lists() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{__name__}_lists", Path(__file__).with_name("emulated_lists.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Emulated(_lists().ListOps):
     """Launches the kernels of `module` on dense CPU tensors whose storage starts on 16 bytes."""
 
     def __init__(self, module: ModuleType) -> None:

@@ -7,6 +7,7 @@ Arguments: the library. Prints the number of calls compared.
 import ctypes
 import sys
 
+import glue_lists
 import torch
 
 from fastflat import _ops
@@ -65,7 +66,7 @@ def call(name, *args):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastflat::{name}", "CPU"), name
     result = _ops.overload(name)(*args)
     assert SYMBOLS.fastflat_test_guards() == 0
-    first = args[0][0] if isinstance(args[0], list) else args[0]
+    first = (args[0] or [None])[0] if isinstance(args[0], list) else args[0]
     assert first is None or first.numel() == 0 or SYMBOLS.fastflat_test_on_current_stream()
     compared += 1
     return result
@@ -291,6 +292,8 @@ for pair in [*PAIRS, (torch.float32, torch.bfloat16), (torch.float32, torch.floa
     bitplanes(pair)
 
 compare_lists()
+glue_lists.compare_sharpness(call)
+glue_lists.refuse_sharpness(refused)
 x, one = randn(4, 6), torch.ones(())
 grid = (-8, 7, -1, 0, TINY, 0)
 refused("scale must have 4 values", "fake_quantize", x, torch.ones(3), None, -8, 7, 0, 0, TINY, 0)

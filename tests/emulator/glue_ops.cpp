@@ -2,6 +2,7 @@
 // The glue of csrc/cuda, registered for CPU tensors. Every header comes first, under its own meaning of CUDA.
 #include "core/checks.h"
 #include "core/expand.h"
+#include "core/lists.h"
 #include "core/storage.h"
 #include "core/tensor.h"
 #include "cuda/device.h"
@@ -16,3 +17,4 @@
 #include "cuda/identity.cpp"
 #include "cuda/liq.cpp"
 #include "cuda/mixquant.cpp"
+#include "cuda/sharpness.cpp"
