@@ -98,6 +98,12 @@ def fetch(ptr, start, n, BLOCK: tl.constexpr, MASKED: tl.constexpr):
         return tl.load(ptr + offsets)
 
 
+@triton.jit
+def pairs(v, BLOCK: tl.constexpr):
+    """Sums of neighbours in a tile: half the registers of a running sum."""
+    return tl.sum(tl.reshape(v, [BLOCK // 2, 2]), 1)
+
+
 @triton.jit(do_not_specialize=["t", "count"])
 def _gather_sums_kernel(
     sums, partials, tensors, firsts, t, count, COLUMNS: tl.constexpr, TABLE: tl.constexpr, LANES: tl.constexpr

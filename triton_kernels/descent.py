@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import _multi, _updates
 from ._common import narrow, program, widen
-from ._multi import deliver, extent, fetch, place, pointer, put, tiles
+from ._multi import deliver, extent, fetch, pairs, place, pointer, put, tiles
 from ._noise import load_state
 from ._rows import make_rows
 from ._updates import AVERAGE, BETA1, C1, C2, FIRST, FLAGS, GAIN, GAIN1, NESTEROV, RATE, SHRINK, SKIP
@@ -188,8 +188,8 @@ def _moments_chunk(
     C: tl.constexpr = tl.float64 if w_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = _updates.load_row(rows, t, C)
     pointers = (place(backup, at, w_ptr) if _BACKUP & STREAMS else w_ptr, g_ptr, f_ptr, m_ptr, v_ptr)
-    qq = tl.zeros([BLOCK], tl.float64)
-    ww = tl.zeros([BLOCK], tl.float64)
+    qq = tl.zeros([BLOCK // 2], tl.float64)
+    ww = tl.zeros([BLOCK // 2], tl.float64)
     count, step = tiles(start, n, BLOCK), 0
     while step < count:
         begin = start + step * BLOCK
@@ -197,8 +197,8 @@ def _moments_chunk(
             q, w = _moments_tile(pointers, begin, n, row, STREAMS, BLOCK, False)
         else:
             q, w = _moments_tile(pointers, begin, n, row, STREAMS, BLOCK, True)
-        qq += q * q
-        ww += w * w
+        qq += pairs(q * q, BLOCK)
+        ww += pairs(w * w, BLOCK)
         step += 1
     to = partials + 3 * tl.program_id(0)
     tl.store(to, tl.sum(qq, 0))

@@ -2,14 +2,11 @@
 """``fake_quantize_list`` and its backward: maps of many tensors in a launch for each form that the kernels are compiled
 for, sums of each tensor by the launches of :mod:`_sums`.
 
-A launch gets two tables on the device. Tensors: addresses, layout of the scales and grid, one row each; written anew
-for each call. Chunks: the tensor and first element of each program; a function of the sizes, cached. While a CUDA graph
-is captured, tensors are launched one by one: a replay would read a table that is gone.
+A row of the table of tensors (:mod:`_multi`) has addresses, layout of the scales and grid. While a CUDA graph is
+captured, tensors are launched one by one.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import triton
@@ -19,19 +16,11 @@ from . import _launch, _sums
 from ._common import program
 from ._integer_grid import limits
 from ._launch import OPTIONS, Scales
+from ._multi import TYPES, aligned, captured, chunks, pointer, table
 from .fake_quantize import _fake_quantize_block, _pass_block, fake_quantize, fake_quantize_bwd
 
 #: Columns of a row of the table of tensors.
 _COLUMNS = tl.constexpr(11)
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.int16, torch.float16: tl.float16, torch.float64: tl.float64}
-
-
-@triton.jit
-def _pointer(row, COLUMN: tl.constexpr, TYPE: tl.constexpr):
-    """A column of a row of the table as a pointer; all storage starts on 16 bytes."""
-    address = tl.load(row + COLUMN)
-    return tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16)
 
 
 @triton.jit
@@ -47,12 +36,12 @@ def _fake_quantize_list_kernel(
     if not WIDE:
         start, n, inner, channels = start.to(tl.int32), n.to(tl.int32), inner.to(tl.int32), channels.to(tl.int32)
     start = tl.multiple_of(start, 16)
-    x_ptr, y_ptr = _pointer(row, 0, X), _pointer(row, 1, Y)
+    x_ptr, y_ptr = pointer(row, 0, X), pointer(row, 1, Y)
     scale_ptr, zero_ptr = tl.load(row + 3).to(tl.pointer_type(C)), tl.load(row + 4).to(tl.pointer_type(C))
     grid = limits(tl.load(row + 8), tl.load(row + 9), tl.load(row + 10), C)
     span = (start, n, inner, channels)
     if BACKWARD:
-        gx_ptr = _pointer(row, 2, X)
+        gx_ptr = pointer(row, 2, X)
         if start + BLOCK <= n:
             _pass_block(gx_ptr, y_ptr, x_ptr, scale_ptr, zero_ptr, span, grid, RULES, HAS_ZERO, BLOCK, RUN, False)
         else:
@@ -61,27 +50,6 @@ def _fake_quantize_list_kernel(
         _fake_quantize_block(y_ptr, x_ptr, scale_ptr, zero_ptr, span, grid, RULES, HAS_ZERO, BLOCK, RUN, False)
     else:
         _fake_quantize_block(y_ptr, x_ptr, scale_ptr, zero_ptr, span, grid, RULES, HAS_ZERO, BLOCK, RUN, True)
-
-
-@functools.lru_cache(maxsize=64)
-def _chunks(sizes: tuple[int, ...], block: int, device: torch.device) -> torch.Tensor:
-    """(tensor, first element) of each program, [chunks, 2]."""
-    rows = [(i, start) for i, n in enumerate(sizes) for start in range(0, n, block)]
-    return torch.tensor(rows, dtype=torch.int64, device=device)
-
-
-def _table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
-    """The rows on the device; through pinned memory, so that the host does not wait."""
-    table = torch.tensor(rows, dtype=torch.int64)
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
-
-
-def _captured(xs: list[torch.Tensor]) -> bool:
-    return bool(xs) and xs[0].is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _aligned(t: torch.Tensor) -> torch.Tensor:
-    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 class _Maps:
@@ -106,10 +74,10 @@ class _Maps:
     def launch(self) -> None:
         for (x, y, c, rules, has_zero, block, run, wide), rows in self.forms.items():
             device = self.alive[0].device
-            chunks = _chunks(tuple(row[5] for row in rows), block, device)
+            programs, _ = chunks(tuple(row[5] for row in rows), block, device)
             with _launch.on_device(self.alive[0]):
-                _fake_quantize_list_kernel[(len(chunks),)](
-                    _table(rows, device), chunks, self.backward, rules, has_zero, _TYPES[x], _TYPES[y], _TYPES[c],
+                _fake_quantize_list_kernel[(len(programs),)](
+                    table(rows, device), programs, self.backward, rules, has_zero, TYPES[x], TYPES[y], TYPES[c],
                     block, run, wide, **OPTIONS,
                 )  # fmt: skip
 
@@ -127,12 +95,12 @@ def fake_quantize_list(
     dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
     zeros = zero_points or [None] * len(xs)
-    if _captured(xs):
+    if captured(xs):
         calls = zip(xs, scales, zeros, qmin, qmax, axis, group, eps, rules, strict=True)
         return [fake_quantize(*call, dtype) for call in calls]
     maps, ys = _Maps(False), []
     for x, *call in zip(xs, scales, zeros, axis, group, qmin, qmax, eps, rules, strict=True):
-        x = _aligned(_launch.dense(x, call[3]))
+        x = aligned(_launch.dense(x, call[3]))
         ys.append(torch.empty_like(x, dtype=dtype))
         maps.add(x, ys[-1], ys[-1], *call)
     maps.launch()
@@ -155,18 +123,18 @@ def fake_quantize_list_bwd(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     zeros = zero_points or [None] * len(xs)
     maps, gxs, gss, gzs = _Maps(True), [], [], []
-    captured = _captured(xs)
+    one_by_one = captured(xs)
     calls = zip(xs, gys, scales, zeros, axis, group, qmin, qmax, eps, rules, strict=True)
     for i, (x, gy, scale, zero, *call) in enumerate(calls):
-        x = _aligned(_launch.dense(x, group[i]))
-        gy = _aligned(_launch.like(gy, x))
+        x = aligned(_launch.dense(x, group[i]))
+        gy = aligned(_launch.like(gy, x))
         gxs.append(torch.empty_like(x))
         need_zero = need_scale[i] and zero is not None
         gss.append(
             torch.zeros_like(scale, memory_format=torch.contiguous_format) if need_scale[i] else scale.new_empty(0)
         )
         gzs.append(torch.zeros_like(gss[i]) if need_zero else scale.new_empty(0))
-        if not need_scale[i] and captured:
+        if not need_scale[i] and one_by_one:
             grid = (qmin[i], qmax[i], axis[i], group[i], eps[i], rules[i])
             gxs[i] = fake_quantize_bwd(gy, x, scale, zero, *grid, factor[i], False)[0]
         elif not need_scale[i]:

@@ -14,7 +14,7 @@ import triton.language as tl
 from . import _launch, _multi
 from ._common import double_from_bits, program, square_root, widen
 from ._launch import OPTIONS
-from ._multi import deliver, extent, fetch, place, pointer, put, tiles
+from ._multi import deliver, extent, fetch, pairs, place, pointer, put, tiles
 from ._noise import load_state
 
 _PAIR, _SCALED = tl.constexpr(1), tl.constexpr(2)
@@ -37,9 +37,9 @@ def _pair(g_ptr, o_ptr, start, n, KIND: tl.constexpr, BLOCK: tl.constexpr, MASKE
 @triton.jit
 def _sums_chunk(partials, g_ptr, o_ptr, start, n, eta_bits, KIND: tl.constexpr, BLOCK: tl.constexpr):
     eta = double_from_bits(eta_bits, tl.float64)
-    gg = tl.zeros([BLOCK], tl.float64)
-    go = tl.zeros([BLOCK], tl.float64)
-    oo = tl.zeros([BLOCK], tl.float64)
+    gg = tl.zeros([BLOCK // 2], tl.float64)
+    go = tl.zeros([BLOCK // 2], tl.float64)
+    oo = tl.zeros([BLOCK // 2], tl.float64)
     count, step = tiles(start, n, BLOCK), 0
     while step < count:
         at = start + step * BLOCK
@@ -51,10 +51,10 @@ def _sums_chunk(partials, g_ptr, o_ptr, start, n, eta_bits, KIND: tl.constexpr, 
             g = (tl.abs(o) + eta) * g
             if at + BLOCK > n:
                 g = tl.where(at + tl.arange(0, BLOCK) < n, g, 0.0)
-        gg += g * g
+        gg += pairs(g * g, BLOCK)
         if KIND == _PAIR:
-            go += g * o
-            oo += o * o
+            go += pairs(g * o, BLOCK)
+            oo += pairs(o * o, BLOCK)
         step += 1
     to = partials + 3 * tl.program_id(0)
     tl.store(to, tl.sum(gg, 0))

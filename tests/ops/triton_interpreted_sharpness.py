@@ -47,9 +47,15 @@ def test_ascent_by_each_way(way, storage):
 
 @pytest.mark.parametrize("storage", ["bf16", "master bf16", "fp32"])
 @pytest.mark.parametrize("rise", list_cases.RISES[1::3], ids=str)
-def test_ascent_rounds_bfloat16_by_the_same_draws(way, rise, storage):
+def test_ascent_rounds_bfloat16_by_the_same_draws(rise, storage):
     rise = dataclasses.replace(rise, seeded=True)
     check_ascent(rise, list_cases.make(storage, (*SHAPES, (2, 3, 4, 5))))
+
+
+def test_draws_do_not_depend_on_the_way(way):
+    check_ascent(
+        list_cases.Rise("backup", 1, seeded=True), list_cases.make("bf16", ((5,), (0,), (33, 7), (2, 3, 4, 5)))
+    )
 
 
 def test_64_bit_offsets(monkeypatch):
@@ -91,6 +97,18 @@ def test_layouts_and_places_in_memory():
         assert torch.equal(base[..., 1::2], before)
 
 
+def test_kernels_get_addresses_of_16_bytes(monkeypatch):
+    """Of every stream of a list whose tensors start anywhere."""
+    tables = []
+    monkeypatch.setattr(_multi, "table", lambda rows, device: tables.append(rows) or torch.tensor(rows))
+    ws, gs, outs = ([torch.ones(n)[n - 9 :] for n in (10, 11, 12, 13)] for _ in range(3))
+    scale = torch.ones(4, dtype=torch.float64)
+    sharpness.sharpness_ascent_(ws, gs, outs, None, [], scale, [0], 0.0)
+    assert len(tables) == 1
+    assert not any(address % 16 for row in tables[0] for address in row[5:])
+    assert all(torch.equal(out, torch.full((9,), 2.0)) for out in outs)
+
+
 def test_partners_in_the_same_order_are_not_copied():
     """Strides of an axis of one element say nothing."""
     w, g = torch.randn(8, 6, 1, 1), torch.randn(8, 6, 1, 1).to(memory_format=torch.channels_last)
@@ -111,9 +129,14 @@ def check_sums(gs, others, kinds, eta=0.25):
 
 @pytest.mark.parametrize("storage", list_cases.STORAGES)
 @pytest.mark.parametrize("kind", [0, 1, 2])
-def test_sums(way, storage, kind):
+def test_sums(storage, kind):
     lists = list_cases.make(storage, SHAPES, special=False)
     check_sums(lists.gs, lists.ws, [kind if t % 3 else 0 for t in range(len(SHAPES))])
+
+
+def test_sums_by_each_way(way):
+    lists = list_cases.make("master bf16", SHAPES[-3:], special=False)
+    check_sums(lists.gs, lists.ws, [1, 0, 2])
 
 
 def test_sums_of_many_programs(way, monkeypatch):
