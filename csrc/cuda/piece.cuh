@@ -191,10 +191,11 @@ struct Rounds {
     if (state) philox = load_state(state);
   }
 
-  template <class T, int streams>
+  // For results of these types.
+  template <class... T, int streams>
   __device__ __forceinline__ Rounding rounding(const Piece<streams>& piece, int64_t at) const {
     Rounding r{{}, false};
-    if constexpr (may_be_random<T>) {
+    if constexpr ((may_be_random<T> || ...)) {
       r.random = state != nullptr;
       if (r.random) r.words = piece.draw(philox, at);
     }

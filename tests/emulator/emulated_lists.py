@@ -37,6 +37,10 @@ def maybe(tensors: list[Tensor], t: int) -> Tensor | None:
     return tensors[t] if tensors else None
 
 
+def drawn(state: Tensor | None) -> int:
+    return 0 if state is None else state.data_ptr()
+
+
 def numbered(ws: list[Tensor]):
     """Each tensor with its place, and the number of its first random element."""
     first = 0
@@ -79,5 +83,43 @@ class ListOps:
             kept = None if backup is None else Kept(backup, at[t], w)
             streams = (w, gs[t], maybe(outs, t), kept)
             tensors.append(described(streams, w.numel(), first, of_each(metric, t)))
-        drawn = 0 if state is None else state.data_ptr()
-        self._check(self.module.sharpness_ascent(tensors, scale.data_ptr(), eta, drawn, STREAM))
+        self._check(self.module.sharpness_ascent(tensors, scale.data_ptr(), eta, drawn(state), STREAM))
+
+    def descent_rows_(self, hyper, group, steps, mix, of_gradients, of_weights, rule) -> Tensor:
+        rows = hyper.new_full((len(group), 16), 7e77)
+        sources = (hyper, group, steps, mix, of_gradients, of_weights)
+        addresses = (0 if s is None else s.data_ptr() for s in sources)
+        self._check(self.module.descent_rows(*addresses, len(group), rule, rows.data_ptr(), STREAM))
+        return rows
+
+    def descent_sgd_(self, ws, outs, backup, at, gs, firsts, momenta, averages, rows, state=None) -> None:
+        tensors = self._steps(ws, outs, backup, at, gs, firsts, momenta, [], [], averages)
+        self._check(self.module.descent_sgd(tensors, rows.data_ptr(), drawn(state), STREAM))
+
+    def descent_adam_(
+        self, ws, outs, backup, at, gs, firsts, means, squares, largest, averages, rows, padam, state=None
+    ) -> None:
+        tensors = self._steps(ws, outs, backup, at, gs, firsts, means, squares, largest, averages)
+        self._check(self.module.descent_adam(tensors, rows.data_ptr(), padam, drawn(state), STREAM))
+
+    def descent_lamb_moments_(self, ws, backup, at, gs, firsts, means, squares, rows) -> Tensor:
+        firsts_of, partials, sums = self._sums(ws)
+        tensors = self._steps(ws, [], backup, at, gs, firsts, means, squares, [], [])
+        tensors = [(*tensor[:3], first, 0) for tensor, first in zip(tensors, firsts_of, strict=True)]
+        results = (rows.data_ptr(), partials.data_ptr(), sums.data_ptr())
+        self._check(self.module.descent_lamb_moments(tensors, *results, STREAM))
+        return sums
+
+    def descent_lamb_(self, ws, outs, backup, at, means, squares, averages, rows, sums, state=None) -> None:
+        tensors = self._steps(ws, outs, backup, at, [], [], means, squares, [], averages)
+        self._check(self.module.descent_lamb(tensors, rows.data_ptr(), sums.data_ptr(), drawn(state), STREAM))
+
+    @staticmethod
+    def _steps(ws, outs, backup, at, gs, firsts, means, squares, largest, averages) -> list[tuple]:
+        tensors = []
+        for t, w, first in numbered(ws):
+            source = w if backup is None else Kept(backup, at[t], w)
+            lists = (outs, gs, firsts, means, squares, largest, averages)
+            streams = (source, w, *(maybe(of_stream, t) for of_stream in lists))
+            tensors.append(described(streams, w.numel(), first))
+        return tensors

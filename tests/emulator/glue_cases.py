@@ -294,6 +294,8 @@ for pair in [*PAIRS, (torch.float32, torch.bfloat16), (torch.float32, torch.floa
 compare_lists()
 glue_lists.compare_sharpness(call)
 glue_lists.refuse_sharpness(refused)
+glue_lists.compare_descent(call)
+glue_lists.refuse_descent(refused)
 x, one = randn(4, 6), torch.ones(())
 grid = (-8, 7, -1, 0, TINY, 0)
 refused("scale must have 4 values", "fake_quantize", x, torch.ones(3), None, -8, 7, 0, 0, TINY, 0)

@@ -3,6 +3,7 @@
 
 import torch
 
+from fastflat._ops.descent import HYPER, RULES
 from fastflat.backends import reference
 from tests.ops import list_cases
 
@@ -95,3 +96,78 @@ def refuse_sharpness(refused):
     refused("others must not be empty for kind 1", "sharpness_sums", gs, [], [1], 0.0)
     refused("kind must lie in [0, 2], got 7", "sharpness_sums", gs, gs, [7], 0.0)
     refused("sums must have shape [T, 3]", "sharpness_scale", scale, scale, 0.0, False)
+
+
+def compare_descent(call):
+    for storage in list_cases.STORAGES:
+        for step in (*list_cases.STEPS, *(list_cases.STOCHASTIC if "bf16" in storage else ())):
+            lists = lists_of(storage, not step.restores)
+            expected = lists.copy()
+            sums = call(step.op, *step.arguments(lists))
+            wanted = getattr(reference, step.op)(*step.arguments(expected))
+            list_cases.assert_same(lists.tensors(), expected.tensors())
+            if wanted is not None:
+                torch.testing.assert_close(sums, wanted, rtol=1e-12, atol=0, equal_nan=True)
+    sums = torch.rand(2, 3, 3, dtype=torch.float64)
+    for rule in RULES.values():
+        for skip in (0.0, 1.0):
+            steps = torch.tensor([0.0, 5.0, 9.0], dtype=torch.float64)
+            numbers = (torch.rand(2, len(HYPER), dtype=torch.float64), torch.tensor([1, 0, 1]))
+            rest = (torch.tensor([0.2, 0.8, skip], dtype=torch.float64), *sums, rule)
+            same_steps = steps.clone()
+            rows = call("descent_rows_", *numbers, steps, *rest)
+            list_cases.assert_same([rows], [reference.descent_rows_(*numbers, same_steps, *rest)])
+            assert torch.equal(steps, same_steps)
+
+
+def refuse_descent(refused):
+    lists = list_cases.make("fp32", ((3,), (4,)), special=False)
+    lists.outs = [torch.zeros(n, dtype=torch.bfloat16) for n in (3, 4)]
+    before = lists.copy()
+    rows, sums = list_cases.rows(2, "adam", lr=0.1), torch.ones(2, 3, dtype=torch.float64)
+    m, v, x = lists.states
+    head = {"ws": lists.ws, "outs": lists.outs, "backup": lists.backup, "at": lists.at}
+    gradients = {"gs": lists.gs, "firsts": lists.firsts}
+    tail = {"averages": lists.averages, "rows": rows}
+    sgd = {**head, **gradients, "momenta": m, **tail, "state": None}
+    adam = {**head, **gradients, "means": m, "squares": v, "largest": x, **tail, "padam": False, "state": None}
+    moments = {
+        "ws": lists.ws,
+        "backup": lists.backup,
+        "at": lists.at,
+        **gradients,
+        "means": m,
+        "squares": v,
+        "rows": rows,
+    }
+    lamb = {**head, "means": m, "squares": v, **tail, "sums": sums, "state": None}
+    for op, right, change, text in (
+        ("sgd", sgd, {"rows": rows[:1]}, "rows must be contiguous float64 with 32 values"),
+        ("sgd", sgd, {"at": lists.at[:1]}, "at must be as long as the list of weights"),
+        ("sgd", sgd, {"gs": []}, "gs must be as long as the list of weights, 2, got 0"),
+        ("sgd", sgd, {"firsts": lists.firsts[:1]}, "firsts must be as long as the list of weights, 2, or empty, got 1"),
+        ("sgd", sgd, {"momenta": [t.half() for t in m]}, "momenta must be float32, or float64"),
+        ("sgd", sgd, {"averages": [t[1:] for t in m]}, "averages must have the shape of the weight"),
+        ("sgd", sgd, {"outs": [t.double() for t in m]}, "outs must be float64 exactly where"),
+        ("sgd", sgd, {"state": torch.zeros(3, dtype=torch.int64)}, "state must be int64"),
+        ("adam", adam, {"means": []}, "means must be as long as the list of weights, 2, got 0"),
+        ("adam", adam, {"largest": x[:1]}, "largest must be as long as"),
+        ("lamb_moments", moments, {"squares": []}, "squares must be as long as"),
+        ("lamb", lamb, {"sums": sums[:1]}, "sums must be contiguous float64 with 6 values"),
+    ):
+        refused(text, f"descent_{op}_", *{**right, **change}.values())
+    list_cases.assert_same(lists.tensors(), before.tensors())
+    number, group = torch.zeros(2, len(HYPER), dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    two, mix = torch.ones(2, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    right = {"hyper": number, "group": group, "steps": two, "mix": mix, "g": None, "w": None, "rule": 0}
+    for change, text in (
+        ({"hyper": number[:, 1:]}, "hyper must have shape [G, 12]"),
+        ({"group": group.int()}, "group must be contiguous int64"),
+        ({"steps": mix}, "steps must be contiguous float64 with 2 values"),
+        ({"mix": two}, "mix must be contiguous float64 with 3 values"),
+        ({"rule": 5}, "rule must lie in [0, 4], got 5"),
+        ({"rule": RULES["lars"]}, "lars must have the sums of gradients and weights"),
+        ({"rule": RULES["lars"], "g": sums, "w": sums[:1]}, "of_weights must be contiguous float64 with 6 values"),
+    ):
+        refused(text, "descent_rows_", *{**right, **change}.values())
+    assert torch.equal(two, torch.ones_like(two))

@@ -11,6 +11,7 @@
 #define CUDA CPU
 #include "cuda/binarize.cpp"
 #include "cuda/bitplane.cpp"
+#include "cuda/descent.cpp"
 #include "cuda/fake_quantize.cpp"
 #include "cuda/fake_quantize_list.cpp"
 #include "cuda/general_quantize.cpp"
