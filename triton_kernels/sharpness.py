@@ -26,7 +26,7 @@ _RAISED = tl.constexpr(8)
 
 @triton.jit
 def _pair(g_ptr, o_ptr, start, n, KIND: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """A tile and that of its partner in fp64."""
+    """A tile and that of its partner in fp64; zeros beyond the end."""
     g = widen(fetch(g_ptr, start, n, BLOCK, MASKED)).to(tl.float64)
     if KIND == 0:
         return g, g
@@ -49,8 +49,6 @@ def _sums_chunk(partials, g_ptr, o_ptr, start, n, eta_bits, KIND: tl.constexpr, 
             g, o = _pair(g_ptr, o_ptr, at, n, KIND, BLOCK, True)
         if KIND == _SCALED:
             g = (tl.abs(o) + eta) * g
-            if at + BLOCK > n:
-                g = tl.where(at + tl.arange(0, BLOCK) < n, g, 0.0)
         gg += pairs(g * g, BLOCK)
         if KIND == _PAIR:
             go += pairs(g * o, BLOCK)
@@ -116,7 +114,8 @@ def _risen(w, g, s, eta, metric):
     """w and its perturbation (csrc/math/sharpness.h)."""
     size = tl.abs(w) + eta
     sign = tl.where(g > 0.0, 1.0, tl.where(g < 0.0, -1.0, g))
-    return w + s * tl.where(metric == _BY_SIZE, (size * size) * g, tl.where(metric == _BY_SIGN, sign, g))
+    risen = w + s * tl.where(metric == _BY_SIZE, (size * size) * g, tl.where(metric == _BY_SIGN, sign, g))
+    return tl.where(s == 0.0, w, risen)
 
 
 @triton.jit

@@ -36,14 +36,19 @@ struct Ascent {
   C scale, eta;
   int64_t metric;
 
-  FASTFLAT_HD C operator()(C w, C g) const {
+  FASTFLAT_HD C direction(C w, C g) const {
     if (metric == metric_scaled) {
       const C t = magnitude(w) + eta;
-      return w + scale * ((t * t) * g);
+      return (t * t) * g;
     }
-    // A product with g = +-0 or NaN is what sign(g) is there.
+    // The sign of +-0 is that zero, of NaN is NaN.
     const C sign = g > C(0) ? C(1) : g < C(0) ? C(-1) : g;
-    return w + scale * (metric == metric_linf ? sign : g);
+    return metric == metric_linf ? sign : g;
+  }
+  // A scale of 0 comes of a norm that is not finite: 0 times such a gradient would be NaN.
+  FASTFLAT_HD C operator()(C w, C g) const {
+    const C risen = w + scale * direction(w, g);
+    return scale == C(0) ? w : risen;
   }
 };
 

@@ -67,7 +67,7 @@ ROWS = (
         ),
         """Adds ``e = s T(w)`` to each tensor, ``s = scale[t]`` rounded to the compute type, in the order written:
         ``metric`` 0 ``s g``, 1 ``s ((t t) g)`` with ``t = |w| + eta``, 2 ``s sign(g)``; one for all, or one a tensor.
-        With ``outs`` (dtype of w, or 16 bits for fp32 w) the sum goes there and w stays; else it replaces w, and a
+        A scale of 0 leaves w, whatever g is. With ``outs`` (dtype of w, or 16 bits for fp32 w) the sum goes there and w stays; else it replaces w, and a
         ``backup`` keeps the bytes of w before, in storage order: uint8, those of tensor t from ``at[t]`` on, a multiple
         of 64; ``at`` is empty without a backup. Results are rounded to nearest even, or with a ``state`` (int64
         ``[seed, offset]``) bfloat16 stochastically: up where ``u < frac``, u the uniform draw of the element, elements

@@ -71,7 +71,7 @@ def compile_source(source: Path, arch: str, include: Path, cache: Path) -> list[
                 usage.shared,
                 kernel.forbidden,
                 wide,
-                _narrow(name, wide),
+                {**_narrow(name, wide), **_narrow_streams(name, kernel)},
             )
         )
     return found
@@ -108,4 +108,18 @@ def _narrow(name: str, wide: list[str]) -> dict[str, str]:
         found = sum(stream.startswith(kind) for stream in wide)
         if found < len(pointers):
             narrow[f"{kind}s"] = f"{found} of {len(pointers)} streams are"
+    return narrow
+
+
+def _narrow_streams(name: str, kernel: _ptx.PtxKernel) -> dict[str, str]:
+    """Streams of a kernel over a list of tensors, whose addresses are in its first argument: what it touches element by
+    element for the sake of ragged ends, it must also touch 16 bytes at a time."""
+    if not name.startswith("list_"):
+        return {}
+    narrow = {}
+    for kind in ("load", "store"):
+        wide = kernel.bytes_by_base(kind, 16)
+        for access in kernel.accesses:
+            if access.kind == kind and access.base.startswith("param 0+") and access.base not in wide:
+                narrow[f"{kind} {access.base}"] = f"accesses of {access.bytes} bytes"
     return narrow

@@ -20,6 +20,7 @@ _STATEMENT = re.compile(r"(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+(.*)", re.DOTALL)
 _REGISTER = re.compile(r"%\w+")
 _WIDTH = re.compile(r"\.(?:v([248])\.)?[a-z]+(\d+)$")
 _PARAMETER = re.compile(r"_param_(\d+)(?:\s*\+\s*(\d+))?")
+_ENTRY_OF_TABLE = re.compile(r"\[\s*(%\w+)(?:\s*\+\s*(-?\d+))?\s*\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ def _body(text: str, start: int) -> str:
 
 def _kernel(name: str, body: str) -> PtxKernel:
     sources: dict[str, set[str]] = collections.defaultdict(set)
+    tables: dict[str, tuple[str, int]] = {}
     touched, forbidden = [], collections.Counter()
     for statement in body.split(";"):
         # Labels and braces of inner scopes stand before the instruction.
@@ -83,7 +85,7 @@ def _kernel(name: str, body: str) -> PtxKernel:
             address = re.search(r"\[\s*(%\w+)", operands)
             touched.append(("load" if opcode[0] == "l" else "store", address[1] if address else "", _bytes(opcode)))
         elif not opcode.startswith(("ld.global", "ld.shared", "st.")):
-            _trace(sources, opcode, operands)
+            _trace(sources, opcode, operands, tables)
     accesses = collections.Counter(Access(kind, _base(sources, reg), width) for kind, reg, width in touched)
     return PtxKernel(name, dict(accesses), dict(forbidden))
 
@@ -95,18 +97,30 @@ def _bytes(opcode: str) -> int:
     return int(width[1] or 1) * int(width[2]) // 8
 
 
-def _trace(sources: dict[str, set[str]], opcode: str, operands: str) -> None:
-    """Notes where an address may come from: through additions, conversions and moves, not through products."""
+def _trace(
+    sources: dict[str, set[str]], opcode: str, operands: str, tables: dict[str, tuple[str, int]] | None = None
+) -> None:
+    """Notes where an address may come from: through additions, conversions and moves, not through products.
+
+    ``tables`` has the registers that point into an argument, with the argument and the constant part of the offset:
+    arrays of pointers inside one are told apart by it."""
+    tables = {} if tables is None else tables
     if opcode.startswith("ld.param"):
         parameter = _PARAMETER.search(operands)
-        if parameter is None:  # the result of a called function
-            return
+        if parameter is None:
+            entry = _ENTRY_OF_TABLE.search(operands)
+            if entry and entry[1] in tables:
+                argument, offset = tables[entry[1]]
+                at = offset + int(entry[2] or 0)
+                sources[_REGISTER.search(operands)[0]].add(f"param {argument}+{at}")
+            return  # else the result of a called function
         for offset, register in enumerate(_REGISTER.findall(operands.split("[")[0])):
             # Members of a vector load lie 8 bytes apart: only 64-bit ones can be pointers.
             at = int(parameter[2] or 0) + 8 * offset
             sources[register].add(f"param {parameter[1]}" + (f"+{at}" if at else ""))
         return
     parts = [part.strip() for part in operands.split(",")]
+    _follow(tables, opcode, parts)
     if opcode.startswith(("mad", "fma")):
         parts = [parts[0], parts[-1]]
     elif not opcode.startswith(("add", "sub", "or", "mov", "cvta", "selp")):
@@ -114,6 +128,17 @@ def _trace(sources: dict[str, set[str]], opcode: str, operands: str) -> None:
     for part in parts[1:]:
         if part.startswith("%"):
             sources[parts[0]].add(part)
+
+
+def _follow(tables: dict[str, tuple[str, int]], opcode: str, parts: list[str]) -> None:
+    """Keeps ``tables`` through moves and additions."""
+    if opcode.startswith("mov") and (argument := _PARAMETER.search(parts[1])):
+        tables[parts[0]] = (argument[1], 0)
+    elif opcode.startswith("add.s64"):
+        known = [tables[part] for part in parts[1:] if part in tables]
+        if known:
+            constant = sum(int(part) for part in parts[1:] if part.lstrip("-").isdigit())
+            tables[parts[0]] = (known[0][0], known[0][1] + constant)
 
 
 def _base(sources: dict[str, set[str]], register: str) -> str:

@@ -66,9 +66,6 @@ class AscentPlan:
     def radii(self, of_groups: list[float]) -> Tensor:
         """The radius of each parameter, fp64 on the device; sent there when one has changed."""
         if self._rho is None or self._rho[0] != of_groups:
-            bad = [rho for rho in of_groups if not 0 <= rho < float("inf")]
-            if bad:
-                raise ValueError(f"fastflat.optim: rho must be a finite number of at least 0, got {bad[0]!r}")
             each = torch.tensor([of_groups[g] for g in self.groups], dtype=torch.float64)
             if self._rho is None:
                 self._rho = (of_groups, each.to(self._device))

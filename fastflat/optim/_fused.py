@@ -72,8 +72,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             ``average_every``-th step from step ``average_start`` on.
         options: options of the groups over the rule's defaults.
 
-    It honours ``grad_scale`` and ``found_inf`` of :class:`torch.amp.GradScaler`: a step with an overflow changes nothing
-    but what a perturbation left, which it restores.
+    It honours ``grad_scale`` and ``found_inf`` of :class:`torch.amp.GradScaler`: a step with an overflow changes
+    nothing but what a perturbation left, which it restores.
     """
 
     _step_supports_amp_scaling = True
@@ -241,8 +241,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._hyper = fresh.to(device)
             elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    f"{self._name}: an option of a group changed during the capture of a CUDA graph; change lr through a"
-                    " tensor, the others before the capture"
+                    f"{self._name}: an option of a group changed during the capture of a CUDA graph; change lr through"
+                    " a tensor, the others before the capture"
                 )
             else:
                 self._hyper.copy_(fresh)
@@ -424,7 +424,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._forget_plans()
 
+    #: What copies and pickles leave out: it is made again.
+    _remade = ("_plans", "_members", "_numbers", "_hyper", "_steps", "_plain_mix", "step")
+
     def __getstate__(self) -> dict[str, Any]:
-        # Plans hold tensors of the process; they are made again.
-        kept = {"_rule", "_name"}
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+        own = {k: v for k, v in self.__dict__.items() if k not in self._remade and not k.startswith("_optimizer_")}
+        return {**own, **super().__getstate__()}

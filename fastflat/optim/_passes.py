@@ -33,11 +33,10 @@ def buffers_kept(model: nn.Module | None) -> Iterator[None]:
         return
     buffers = [b for b in model.buffers() if b.numel()]
     before = [b.detach().clone() for b in buffers]
-    versions = [b._version for b in buffers]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value, version in zip(buffers, before, versions, strict=True):
-                if buffer._version != version:
-                    buffer.copy_(value)
+            # Not every layer that writes a buffer counts its version up.
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)

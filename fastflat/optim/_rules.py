@@ -54,6 +54,9 @@ class Rule:
             of["trust"] = 0.0
         return tuple(float(of.get(name, 0.0)) for name in HYPER)
 
+    def __reduce__(self):
+        return _named, (self.name,)
+
     def check(self, op: str, group: Group) -> None:
         """One clear line for an option out of its range."""
         for name, value in group.items():
@@ -128,6 +131,14 @@ BASES: dict[str, Rule] = {
         ),
     )
 }
+
+#: A rule for bases whose step is torch's own.
+FOREIGN = Rule("torch", -1, {}, lambda group: (), lambda group: {})
+
+
+def _named(name: str) -> Rule:
+    return FOREIGN if name == FOREIGN.name else BASES[name]
+
 
 #: torch's own classes whose steps the kernels take, and their options that a kernel does not need.
 TORCH_BASES: dict[type, str] = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}

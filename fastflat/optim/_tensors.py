@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -48,7 +49,7 @@ def check_parameters(op: str, params: Sequence[Tensor]) -> None:
             seen.setdefault(p.untyped_storage().data_ptr(), []).append(span)
     for spans in seen.values():
         spans.sort()
-        if any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+        if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
             raise ValueError(f"{op}: parameters must not share memory; pass a tied parameter once, not two views of it")
 
 

@@ -21,7 +21,7 @@ class SGD(FusedOptimizer):
 
 
 class Adam(FusedOptimizer):
-    """Adam (Kingma and Ba 2015, arXiv 1412.6980), AMSGrad with ``amsgrad=True``; the options of ``torch.optim.Adam``."""
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980), or AMSGrad; the options of ``torch.optim.Adam``."""
 
     def __init__(self, params, lr: float = 1e-3, **options: Any):
         super().__init__(params, BASES["adam"], lr=lr, **options)
@@ -46,8 +46,8 @@ class Padam(FusedOptimizer):
 
 
 class LARS(FusedOptimizer):
-    """``r = trust_coefficient |w| / (|g| + weight_decay |w| + eps); m = momentum m + lr r (g + weight_decay w); w -= m``
-    with a ratio for each parameter, 1 where a norm is 0.
+    """``m = momentum m + lr r (g + weight_decay w); w -= m`` with a ratio for each parameter,
+    ``r = trust_coefficient |w| / (|g| + weight_decay |w| + eps)``, 1 where a norm is 0.
 
     Parameters of one axis or none (biases, normalisation) have a ratio of 1 unless ``adapt_vectors=True``. Source: You
     et al. 2017 (arXiv 1708.03888).

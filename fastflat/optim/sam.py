@@ -18,12 +18,10 @@ from fastflat.optim import _tensors
 from fastflat.optim._ascent import STORAGES, AscentPlan
 from fastflat.optim._fused import Bucket, FusedOptimizer, Plan, Weights
 from fastflat.optim._passes import Randomness, buffers_kept
-from fastflat.optim._rules import Rule, base_of
+from fastflat.optim._rules import FOREIGN, Rule, base_of
 
 MASTER = "master"
 _HALVES = (torch.bfloat16, torch.float16)
-#: A rule for bases whose step is torch's own.
-_FOREIGN = Rule("torch", -1, {}, lambda group: (), lambda group: {})
 
 
 class SAM(FusedOptimizer):
@@ -104,7 +102,7 @@ class SAM(FusedOptimizer):
         op = f"fastflat.optim.{type(self).__name__}"
         if isinstance(params, nn.Module):
             model = params if model is None else model
-            params = params.parameters()
+            params = _groups_of(params)
         if metric not in ("l2", "linf"):
             raise ValueError(f"{op}: metric must be 'l2' or 'linf', got {metric!r}")
         if storage not in STORAGES:
@@ -131,7 +129,7 @@ class SAM(FusedOptimizer):
         else:
             if average is not None or storage == MASTER:
                 raise ValueError(f"{op}: average and storage='master' must have a fused base, got {rule!r}")
-            super().__init__(params, _FOREIGN, **averaging, **own)
+            super().__init__(params, FOREIGN, **averaging, **own)
             self._base = rule(self.param_groups, **options)
             self.param_groups, self.state = self._base.param_groups, self._base.state
             self.defaults.update(self._base.defaults)
@@ -271,14 +269,22 @@ class SAM(FusedOptimizer):
         """
         if self.is_perturbed:
             self.restore()
-        plan = self._ascent_plan()
+        self._check_radii()
         self._check_all_gradients()
+        plan = self._ascent_plan()
+        if self._base is None:
+            self._plan(self._with_gradients())  # averages begin with the weights before the ascent
         state = self._draws()
         if plan.params:
             self._rise(plan, state)
         self._between, self._may_zero = True, not zero_grad
         if zero_grad:
             super().zero_grad()
+
+    def _check_radii(self) -> None:
+        for group in self.param_groups:
+            if not 0 <= group["rho"] < float("inf"):
+                raise ValueError(f"{self._name}: rho must be a finite number of at least 0, got {group['rho']!r}")
 
     def _check_all_gradients(self) -> None:
         grads = [p.grad for p, _ in self._of_groups() if p.grad is not None]
@@ -326,8 +332,8 @@ class SAM(FusedOptimizer):
         share = plan.share_not_moved()
         if share > 0.1:
             warnings.warn(
-                f"{self._name}: of {share:.0%} of the 16-bit weights the perturbation is lost, it is smaller than half a"
-                " unit in their last place; use storage='master' or rounding='stochastic'",
+                f"{self._name}: of {share:.0%} of the 16-bit weights the perturbation is lost, it is smaller than half"
+                " a unit in their last place; use storage='master' or rounding='stochastic'",
                 stacklevel=5,
             )
 
@@ -390,7 +396,7 @@ class SAM(FusedOptimizer):
         params = plan.params[bucket.rows]
         local = [_tensors.local(p) for p in params]
         if bucket.form[-1]:
-            return Weights([_tensors.local(self.state[p][MASTER]) for p in params], outs=local)
+            return Weights([_tensors.local(self._master(p)) for p in params], outs=local)
         ascent = self._ascent
         if ascent is None or ascent.backup is None:
             return Weights(local)
@@ -560,6 +566,21 @@ class SAM(FusedOptimizer):
         self._refuse_perturbed("state_dict")
         return super().state_dict()
 
+    _remade = (
+        *FusedOptimizer._remade, "_ascents", "_ascent", "_between", "_may_zero", "_firsts", "_sums", "_flag", "_before",
+        "_norm",
+    )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_perturbed("copy")
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start_over()
+        if self._base is not None:
+            self._base.param_groups, self._base.state = self.param_groups, self.state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._refuse_perturbed("load_state_dict")
         if self._base is not None:
@@ -571,6 +592,16 @@ class SAM(FusedOptimizer):
         # A master is a state like the others; whether it still is the parameter's is seen at the next step.
         self._seen.clear()
         self._seen.update({p: -1 for p in self._all() if MASTER in self.state.get(p, ())})
+
+
+def _groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The parameters of a model, those of its quantizers apart: neither perturbed nor decayed."""
+    scales = {id(p) for m in model.modules() if getattr(m, "is_quantizer", False) for p in m.parameters(recurse=False)}
+    of = {True: [], False: []}
+    for p in model.parameters():
+        of[id(p) in scales].append(p)
+    groups = [{"name": "weights", "params": of[False]}, {"name": "scales", "params": of[True], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def _scales_stay(group: object) -> object:

@@ -294,7 +294,7 @@ class SAQ(SAM):
     def _move_behind(self, ws: list[Tensor]) -> None:
         """The perturbation of quantized weights moves from w to what the quantizer gives."""
         for w in ws:
-            place = self._ascent.place.get(w)
+            place = None if self._ascent is None else self._ascent.place.get(w)
             if place is None:  # of a group with rho 0
                 continue
             before = _tensors.kept(self._ascent.backup, place, w)

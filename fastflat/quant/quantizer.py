@@ -46,6 +46,9 @@ class Quantizer(nn.Module):
         TypeError, ValueError: spec is not a QuantSpec, or shape does not fit it.
     """
 
+    #: Optimizers that perturb leave the parameters of such modules alone unless asked.
+    is_quantizer = True
+
     def __init__(
         self,
         spec: QuantSpec,

@@ -201,7 +201,8 @@ class Rise:
 
     def arguments(self, lists: Lists) -> tuple:
         count = len(lists.ws)
-        scale = torch.tensor([(0.05, -0.3, 1e-30)[t % 3] for t in range(count)] + [2.0, 0.0], dtype=torch.float64)
+        scale = [(0.05, -0.3, 1e-30, 0.0)[t % 4] for t in range(count)]
+        scale = torch.tensor([*scale, 2.0, 1.0], dtype=torch.float64)
         state = torch.tensor([11, -3], dtype=torch.int64) if self.seeded else None
         metric = [self.metric] if self.one_for_all else [self.metric if t % 3 else 0 for t in range(count)]
         if self.mode == "into":

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from fastflat.backends import reference
 from fastflat.triton_kernels import _launch, _multi, sharpness
@@ -50,6 +52,27 @@ def test_ascent_by_each_way(way, storage):
 def test_ascent_rounds_bfloat16_by_the_same_draws(rise, storage):
     rise = dataclasses.replace(rise, seeded=True)
     check_ascent(rise, list_cases.make(storage, (*SHAPES, (2, 3, 4, 5))))
+
+
+@triton.jit
+def _stochastic_kernel(y_ptr, v_ptr, u_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, _multi.bfloat16_stochastic_bits(tl.load(v_ptr + at), tl.load(u_ptr + at)))
+
+
+def test_every_fraction_meets_the_draws_beside_it():
+    """A draw of 16 bits rounds up below the 16 bits that are cut; infinities and NaN stay what they are."""
+    cut = torch.arange(2**16, dtype=torch.int32)
+    for top in (0x3F80, -0x4001, 0x0000, 0x7F7F):
+        for drawn in ((cut - 1).clamp(min=0), cut, (cut + 1).clamp(max=2**16 - 1)):
+            v, u = ((top << 16) + cut).view(torch.float32), (drawn.float() + 0.5) * 2.0**-16
+            y = torch.empty(2**16, dtype=torch.int16)
+            _stochastic_kernel[(4,)](y, v, u, 2**14)
+            assert torch.equal(y, (top + (drawn < cut)).to(torch.int16))
+    special = torch.tensor([0x7F800001, -0x7FFFFF, 0x7F800000, -0x800000], dtype=torch.int32).view(torch.float32)
+    y = torch.empty(4, dtype=torch.int16)
+    _stochastic_kernel[(1,)](y, special, torch.zeros(4), 4)
+    comparison.assert_same_bits(y.view(torch.bfloat16), special.to(torch.bfloat16))
 
 
 def test_draws_do_not_depend_on_the_way(way):

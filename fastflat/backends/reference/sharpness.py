@@ -62,7 +62,7 @@ def sharpness_ascent_(
             e = s * torch.where(g > 0, torch.ones_like(g), torch.where(g < 0, -torch.ones_like(g), g))
         else:
             e = s * g
-        risen = value + e
+        risen = torch.where(s == 0, value, value + e)
         if backup is not None:
             kept(backup, at[t], w).copy_(w)
         writer.write(risen, outs[t] if outs else w)
