@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -128,11 +127,11 @@ def _gather_sums_kernel(
 @functools.lru_cache(maxsize=64)
 def chunks(sizes: tuple[int, ...], elements: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(tensor, first element) of each program, [programs, 2], and the number of each tensor's first program."""
-    rows = [(i, start) for i, n in enumerate(sizes) for start in range(0, n, elements)]
-    firsts = [0]
-    for n in sizes:
-        firsts.append(firsts[-1] + triton.cdiv(n, elements))
-    return tuple(torch.tensor(made, dtype=torch.int64, device=device) for made in (rows, firsts))
+    counts = (torch.tensor(sizes) + (elements - 1)) // elements
+    firsts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    of = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    starts = (torch.arange(len(of)) - firsts[of]) * elements
+    return torch.stack((of, starts), 1).to(device), firsts.to(device)
 
 
 def table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
@@ -240,12 +239,14 @@ class Work:
         wide = _launch.wide(streams[0])
         self._forms.setdefault((types, form, wide), []).append((numbers, streams))
 
-    def groups(self) -> Iterator[Group]:
+    def groups(self) -> list[Group]:
         """One a launch."""
+        made = []
         for (_, form, wide), entries in self._forms.items():
             block = _launch.block(entries[0][1][0])
-            for part in [[entry] for entry in entries] if self._captured else [entries]:
-                yield Group(form, block, wide, part)
+            parts = [[entry] for entry in entries] if self._captured else [entries]
+            made += [Group(form, block, wide, part) for part in parts]
+        return made
 
     def finish(self) -> None:
         for t, used in self._changed:

@@ -71,7 +71,7 @@ def test_every_fraction_meets_the_draws_beside_it():
             assert torch.equal(y, (top + (drawn < cut)).to(torch.int16))
     special = torch.tensor([0x7F800001, -0x7FFFFF, 0x7F800000, -0x800000], dtype=torch.int32).view(torch.float32)
     y = torch.empty(4, dtype=torch.int16)
-    _stochastic_kernel[(1,)](y, special, torch.zeros(4), 4)
+    _stochastic_kernel[(1,)](y, special, torch.ones(4), 4)
     comparison.assert_same_bits(y.view(torch.bfloat16), special.to(torch.bfloat16))
 
 
