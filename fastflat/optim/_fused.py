@@ -409,15 +409,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 if not isinstance(value, Tensor) or name == "step":
                     continue
-                sharded = _tensors.is_dtensor(p)
-                if tuple(value.shape) != tuple(p.shape) or (sharded and not _tensors.is_dtensor(value)):
-                    hint = (
-                        "; load sharded states through torch.distributed.checkpoint, which reshards" if sharded else ""
-                    )
-                    kind = f"{'DTensor ' if sharded else ''}{list(p.shape)}"
+                if not _tensors.fits(value, p):
+                    sharded = _tensors.is_dtensor(p) or _tensors.is_dtensor(value)
+                    hint = "; torch.distributed.checkpoint reshards" if sharded else ""
                     raise ValueError(
-                        f"{self._name}.load_state_dict: {name} of parameter {number} must be {kind},"
-                        f" got {list(value.shape)}{hint}"
+                        f"{self._name}.load_state_dict: {name} of parameter {number} must be {_tensors.described(p)},"
+                        f" got {_tensors.described(value)}{hint}"
                     )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

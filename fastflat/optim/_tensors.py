@@ -26,6 +26,26 @@ def local(t: Tensor) -> Tensor:
     return t._local_tensor if is_dtensor(t) else t
 
 
+def fits(state: Tensor, p: Tensor) -> bool:
+    """Whether a state has the shape of its parameter and, of a DTensor, lies on the same ranks in the same way."""
+    if is_dtensor(p) != is_dtensor(state) or tuple(state.shape) != tuple(p.shape):
+        return False
+    if not is_dtensor(p):
+        return True
+    return (
+        state.placements == p.placements
+        and state.device_mesh.shape == p.device_mesh.shape
+        and state._local_tensor.shape == p._local_tensor.shape
+    )
+
+
+def described(t: Tensor) -> str:
+    """The shape of a tensor in words, of a DTensor with its ranks."""
+    if not is_dtensor(t):
+        return str(list(t.shape))
+    return f"{list(t.shape)} over {t.device_mesh.size()} ranks, {list(t._local_tensor.shape)} here"
+
+
 def check_parameters(op: str, params: Sequence[Tensor]) -> None:
     """Floating tensors of a known type on one device, no two of which share memory."""
     seen: dict[int, list[tuple[int, int]]] = {}

@@ -471,10 +471,12 @@ class SAM(FusedOptimizer):
             The loss of the first pass.
         """
         if closure is None:
-            if not self._between:
+            if not self._between and any(float(group["lr"]) for group in self.param_groups):
                 raise RuntimeError(
                     f"{self._name}.step: first_step() must come before it, or step(closure) do both passes"
                 )
+            # Without a rate nothing moves: so torch.distributed.checkpoint has states made before it loads them.
+            self._between = True
             self.second_step()
             return None
         if any(p.grad is not None for p, _ in self._of_groups()):
