@@ -48,7 +48,7 @@ def _average_tile(a_ptr, start, n, new, weight, BLOCK: tl.constexpr, MASKED: tl.
 @triton.jit
 def _step_tile(pointers, start, n, row, rate, seed, first, RULE: tl.constexpr, STREAMS: tl.constexpr,
                SEEDED: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    source_ptr, w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, x_ptr, a_ptr = pointers
+    source_ptr, w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, l_ptr, a_ptr = pointers
     w = widen(fetch(source_ptr, start, n, BLOCK, MASKED))
     if RULE == _LAMB:
         m, v = fetch(m_ptr, start, n, BLOCK, MASKED), fetch(v_ptr, start, n, BLOCK, MASKED)
@@ -69,9 +69,9 @@ def _step_tile(pointers, start, n, row, rate, seed, first, RULE: tl.constexpr, S
             put(m_ptr, start, n, m, BLOCK, MASKED)
             put(v_ptr, start, n, v, BLOCK, MASKED)
             if _LARGEST & STREAMS:
-                x = fetch(x_ptr, start, n, BLOCK, MASKED)
+                x = fetch(l_ptr, start, n, BLOCK, MASKED)
                 v = tl.where(x > v, x, v)
-                put(x_ptr, start, n, v, BLOCK, MASKED)
+                put(l_ptr, start, n, v, BLOCK, MASKED)
             if RULE == _PADAM:
                 d = _updates.padam(row, m, v)
             else:
@@ -95,7 +95,7 @@ def _restore_tile(pointers, start, n, STREAMS: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _step_chunk(
-    w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, x_ptr, a_ptr, start, n, t, first, at, backup, rows, sums, state,
+    w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, l_ptr, a_ptr, start, n, t, first, at, backup, rows, sums, state,
     RULE: tl.constexpr, STREAMS: tl.constexpr, SEEDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = tl.float64 if w_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -103,7 +103,7 @@ def _step_chunk(
     rate = _updates.lamb_rate(rows, sums, t, C) if RULE == _LAMB else row[RATE]
     seed = load_state(state) if SEEDED else first
     source_ptr = place(backup, at, w_ptr) if _BACKUP & STREAMS else w_ptr
-    pointers = (source_ptr, w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, x_ptr, a_ptr)
+    pointers = (source_ptr, w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, l_ptr, a_ptr)
     count, step = tiles(start, n, BLOCK), 0
     if (row[FLAGS] & SKIP) != 0:
         while step < count:
@@ -143,12 +143,12 @@ def _descent_list_kernel(
 
 @triton.jit(do_not_specialize=["t", "n", "first", "at"])
 def _descent_kernel(
-    w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, x_ptr, a_ptr, t, n, first, at, backup, rows, sums, state,
+    w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, l_ptr, a_ptr, t, n, first, at, backup, rows, sums, state,
     RULE: tl.constexpr, STREAMS: tl.constexpr, SEEDED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The same for one tensor."""
     start, n = extent(program(WIDE) * (BLOCK * _multi.STEPS), n, WIDE)
-    _step_chunk(w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, x_ptr, a_ptr, start, n, t, first, at, backup, rows, sums,
+    _step_chunk(w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, l_ptr, a_ptr, start, n, t, first, at, backup, rows, sums,
                 state, RULE, STREAMS, SEEDED, BLOCK)  # fmt: skip
 
 

@@ -266,6 +266,29 @@ def test_ptx_reader_on_what_compilers_write():
     assert set(kernel.forbidden) == {"sqrt.approx.ftz.f32"}
 
 
+def test_ptx_reader_tells_the_pointers_of_a_table_apart():
+    """Arrays of addresses in one argument, found by an index: the constant part of the offset names the stream."""
+    text = """
+    .visible .entry k(.param .align 8 .b8 k_param_0[4096], .param .u64 k_param_1) {
+      mov.b64 %rd1, k_param_0; mul.wide.s32 %rd2, %r1, 8; add.s64 %rd3, %rd1, %rd2; add.s64 %rd4, %rd3, 1000;
+      ld.param.u64 %rd5, [%rd4+-1000]; ld.param.u64 %rd6, [%rd4+500]; ld.param.u64 %rd7, [k_param_1];
+      call.uni (retval0), f; ld.param.b64 %rd8, [retval0];
+      cvta.to.global.u64 %rd9, %rd5; add.s64 %rd10, %rd9, %rd11;
+      ld.global.v4.u32 {%r2, %r3, %r4, %r5}, [%rd10]; ld.global.u32 %r2, [%rd10+4];
+      cvta.to.global.u64 %rd12, %rd6; st.global.u32 [%rd12], %r2; st.global.f64 [%rd7], %fd1;
+    }
+    """
+    (kernel,) = _ptx.parse(text)
+    assert kernel.accesses == {
+        _ptx.Access("load", "param 0+0", 16): 1,
+        _ptx.Access("load", "param 0+0", 4): 1,
+        _ptx.Access("store", "param 0+1500", 4): 1,
+        _ptx.Access("store", "param 1", 8): 1,
+    }
+    assert _cuda._narrow_streams("list_map_kernel<Step>", kernel) == {"store param 0+1500": "accesses of 4 bytes"}
+    assert _cuda._narrow_streams("map_kernel<Step>", kernel) == {}
+
+
 @pytest.mark.skipif(_machine.cuobjdump() is None or shutil.which("c++filt") is None, reason="needs c++filt")
 def test_readable_names():
     assert _cuda.readable("_ZN8fastflat4cuda3fooINS_8BFloat16EEEvPKT_") == "foo<bf16>"
