@@ -27,13 +27,15 @@ class AscentPlan:
     def __init__(
         self,
         members: list[tuple[Tensor, int]],
+        chosen: list[int],
         storage: str,
         has_master: Callable[[Tensor], bool],
         device: torch.device,
     ):
-        members = sorted(members, key=lambda member: not has_master(member[0]))
-        self.params = [p for p, _ in members]
-        self.groups = [g for _, g in members]
+        self.order = sorted(chosen, key=lambda i: not has_master(members[i][0]))
+        self._whole = self.order == list(range(len(members)))
+        self.params = [members[i][0] for i in self.order]
+        self.groups = [members[i][1] for i in self.order]
         self._masters = sum(has_master(p) for p in self.params)
         self.sharded = any(_tensors.is_dtensor(p) for p in self.params)
         self._device = device
@@ -54,11 +56,15 @@ class AscentPlan:
         self._kept_masters: dict[Tensor, Tensor] = {}
         self._held = [] if self.sharded else [_tensors.Held(self.params)]
 
-    def gradients(self) -> list[Tensor]:
-        return [_tensors.local(p.grad) for p in self.params] if self.sharded else [p.grad for p in self.params]
+    def take(self, of_all: list) -> list[Tensor]:
+        """The plan's tensors out of a list with one for each parameter of the optimizer."""
+        chosen = of_all if self._whole else [of_all[i] for i in self.order]
+        return [_tensors.local(t) for t in chosen] if self.sharded else chosen
 
     def weights(self, weights_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """What the kernels read: masters, then the parameters themselves."""
+        if not self._masters and not self.sharded:
+            return self.params
         first = [_tensors.local(weights_of(p)) for p in self.params[: self._masters]]
         rest = self.params[self._masters :]
         return [*first, *(map(_tensors.local, rest) if self.sharded else rest)]

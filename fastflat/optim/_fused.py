@@ -28,6 +28,7 @@ class Bucket:
         self.rows = slice(first, first + len(members))
         self.states: list[list[Tensor]] = []
         self.averages: list[Tensor] = []
+        self.weights: tuple[object, Weights] | None = None  # those of an ascent, which is the first
 
 
 class Plan:
@@ -41,8 +42,10 @@ class Plan:
         for b in buckets:
             self.held += [_tensors.Held(tensors) for tensors in (*b.states, b.averages)]
 
-    def gradients(self) -> list[Tensor]:
-        return [_tensors.local(p.grad) for p in self.params] if self.sharded else [p.grad for p in self.params]
+    def take(self, of_all: list) -> list[Tensor]:
+        """The plan's tensors out of a list with one for each parameter of the optimizer."""
+        chosen = of_all if self.index is None else [of_all[i] for i in self.order]
+        return [_tensors.local(t) for t in chosen] if self.sharded else chosen
 
 
 @dataclasses.dataclass
@@ -134,6 +137,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _forget_plans(self) -> None:
         self._plans: dict[object, Plan] = {}
         self._members: list[tuple[Tensor, int]] | None = None
+        self._flat: list[Tensor] | None = None
         self._numbers: tuple | None = None
         self._hyper: Tensor | None = None
         self._steps: Tensor | None = None
@@ -188,17 +192,28 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What the parameters of a bucket share."""
         return (self._slots(group), bool(group["average"]))
 
-    def _plan(self, has: list[bool] | None = None) -> Plan:
-        """The plan of the parameters that have a gradient (None: all have)."""
-        key = None if has is None else tuple(has)
+    def _collect(self) -> tuple[list[Tensor | None], tuple[bool, ...] | None]:
+        """The gradients of all parameters, and which have one (None: all)."""
+        if self._flat is None:
+            self._flat = self._all()
+        grads = [p.grad for p in self._flat]
+        if all(g is not None for g in grads):
+            return grads, None
+        return grads, tuple(g is not None for g in grads)
+
+    def _plan(self, grads: list[Tensor | None], has: tuple[bool, ...] | None) -> Plan:
+        """The plan of the parameters that have a gradient."""
+        key = (has, *((self._slots(group), bool(group["average"])) for group in self.param_groups))
         plan = self._plans.get(key)
         if plan is None:
+            # What kind of gradient an operation gives does not change from step to step.
+            _tensors.check_gradients(self._name, [g for g in grads if g is not None])
             if len(self._plans) > 64:  # a new set each step: layers dropped at random
                 self._plans.clear()
             plan = self._plans[key] = self._make_plan(has)
         return plan
 
-    def _make_plan(self, has: list[bool] | None) -> Plan:
+    def _make_plan(self, has: tuple[bool, ...] | None) -> Plan:
         forms: dict[tuple, list[int]] = {}
         members = self._of_groups()
         for i, (p, g) in enumerate(members):
@@ -224,10 +239,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _device(self) -> torch.device:
         return _tensors.local(self._of_groups()[0][0]).device
-
-    def _with_gradients(self) -> list[bool] | None:
-        has = [p.grad is not None for p, _ in self._of_groups()]
-        return None if all(has) else has
 
     # One step --------------------------------------------------------------------------------------------------------
 
@@ -333,11 +344,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             _tensors.sum_over_shards(of_weights, plan.params)
         return of_gradients, of_weights
 
-    def _gradients(self, plan: Plan) -> list[Tensor]:
-        grads = plan.gradients()
-        _tensors.check_gradients(self._name, grads)
-        return grads
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step of the base optimizer.
@@ -353,8 +359,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._tick_averages()
-        plan = self._plan(self._with_gradients())
-        self._descend(plan, self._gradients(plan), self._scaled_mix(None, None), None, None)
+        grads, has = self._collect()
+        plan = self._plan(grads, has)
+        self._descend(plan, plan.take(grads), self._scaled_mix(None, None), None, None)
         return loss
 
     # Averages --------------------------------------------------------------------------------------------------------
@@ -422,7 +429,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget_plans()
 
     #: What copies and pickles leave out: it is made again.
-    _remade = ("_plans", "_members", "_numbers", "_hyper", "_steps", "_plain_mix", "step")
+    _remade = ("_plans", "_members", "_flat", "_numbers", "_hyper", "_steps", "_plain_mix", "step")
 
     def __getstate__(self) -> dict[str, Any]:
         own = {k: v for k, v in self.__dict__.items() if k not in self._remade and not k.startswith("_optimizer_")}

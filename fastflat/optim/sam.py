@@ -241,20 +241,16 @@ class SAM(FusedOptimizer):
     def _form(self, p: Tensor, group: dict[str, Any]) -> tuple:
         return (*super()._form(p, group), self._has_master(p))
 
-    def _ascent_plan(self) -> AscentPlan:
-        members = self._of_groups()
-        chosen = tuple(p.grad is not None and self.param_groups[g]["rho"] > 0 for p, g in members)
-        adaptive = tuple((bool(g["adaptive"]), float(g["eta"])) for g in self.param_groups)
-        plan = self._ascents.get((chosen, adaptive))
+    def _ascent_plan(self, has: tuple[bool, ...] | None) -> AscentPlan:
+        perturbed = tuple(group["rho"] > 0 for group in self.param_groups)
+        plan = self._ascents.get((has, perturbed))
         if plan is None:
+            members = self._of_groups()
+            chosen = [i for i, (_, g) in enumerate(members) if perturbed[g] and (has is None or has[i])]
             if len(self._ascents) > 64:
                 self._ascents.clear()
-            self._ascents[chosen, adaptive] = plan = AscentPlan(
-                [(p, g) for (p, g), is_chosen in zip(members, chosen, strict=True) if is_chosen],
-                self._storage,
-                self._has_master,
-                self._device(),
-            )
+            plan = AscentPlan(members, chosen, self._storage, self._has_master, self._device())
+            self._ascents[has, perturbed] = plan
         return plan
 
     @torch.no_grad()
@@ -270,13 +266,15 @@ class SAM(FusedOptimizer):
         if self.is_perturbed:
             self.restore()
         self._check_radii()
-        self._check_all_gradients()
-        plan = self._ascent_plan()
-        if self._base is None:
-            self._plan(self._with_gradients())  # averages begin with the weights before the ascent
+        grads, has = self._collect()
+        if has is not None and not any(has):
+            raise RuntimeError(f"{self._name}.first_step: no parameter has a gradient; call backward() first")
+        # States are made here: averages begin with the weights before the ascent.
+        self._plan(grads, has)
+        plan = self._ascent_plan(has)
         state = self._draws()
         if plan.params:
-            self._rise(plan, state)
+            self._rise(plan, plan.take(grads), state)
         self._between, self._may_zero = True, not zero_grad
         if zero_grad:
             super().zero_grad()
@@ -286,27 +284,23 @@ class SAM(FusedOptimizer):
             if not 0 <= group["rho"] < float("inf"):
                 raise ValueError(f"{self._name}: rho must be a finite number of at least 0, got {group['rho']!r}")
 
-    def _check_all_gradients(self) -> None:
-        grads = [p.grad for p, _ in self._of_groups() if p.grad is not None]
-        if not grads:
-            raise RuntimeError(f"{self._name}.first_step: no parameter has a gradient; call backward() first")
-        _tensors.check_gradients(self._name, grads)
-
     def _draws(self) -> Tensor | None:
         return draw_state(self._device()) if self._rounding == "stochastic" else None
 
-    def _rise(self, plan: AscentPlan, state: Tensor | None) -> None:
+    def _rise(self, plan: AscentPlan, grads: list[Tensor], state: Tensor | None) -> None:
         kernels = backends.kernels(self._device().type)
-        eta = self._eta(plan)
-        grads = plan.gradients()
+        eta = self._eta()
         ws = plan.weights(self._weights_of)
-        adaptive = [bool(self.param_groups[g]["adaptive"]) for g in plan.groups]
-        kinds = [SUM_SCALED if a else SUM_GRADIENT for a in adaptive] if any(adaptive) else [SUM_GRADIENT]
+        of_groups = [bool(group["adaptive"]) for group in self.param_groups]
         metric = METRICS["linf"] if self._metric == "linf" else METRICS["l2"]
-        metrics = [METRICS["scaled"] if a else metric for a in adaptive] if any(adaptive) else [metric]
+        kinds, metrics, some = [SUM_GRADIENT], [metric], any(of_groups)
+        if some:
+            adaptive = [of_groups[g] for g in plan.groups]
+            kinds = [SUM_SCALED if a else SUM_GRADIENT for a in adaptive]
+            metrics = [METRICS["scaled"] if a else metric for a in adaptive]
         rho = plan.radii([float(group["rho"]) for group in self.param_groups])
         with torch._C._AutoDispatchBelowAutograd():
-            sums = kernels.sharpness_sums(grads, ws if any(adaptive) else [], kinds, eta)
+            sums = kernels.sharpness_sums(grads, ws if some else [], kinds, eta)
             if plan.sharded:
                 _tensors.sum_over_shards(sums, plan.params)
             scale = kernels.sharpness_scale(sums, rho, self._norm_eps, self._metric == "linf")
@@ -317,8 +311,8 @@ class SAM(FusedOptimizer):
         if self._rounding == "nearest":
             self._warn_of_lost_perturbation(plan)
 
-    def _eta(self, plan: AscentPlan) -> float:
-        etas = {float(self.param_groups[g]["eta"]) for g in plan.groups if self.param_groups[g]["adaptive"]}
+    def _eta(self) -> float:
+        etas = {float(group["eta"]) for group in self.param_groups if group["adaptive"]}
         if len(etas) > 1:
             raise ValueError(f"{self._name}: eta must be the same in all adaptive groups, got {sorted(etas)}")
         return etas.pop() if etas else 0.0
@@ -370,9 +364,9 @@ class SAM(FusedOptimizer):
             super().zero_grad()
 
     def _fused_step(self) -> None:
-        has = self._with_gradients()
-        plan = self._plan(has)
-        grads = self._gradients(plan)
+        of_all, has = self._collect()
+        plan = self._plan(of_all, has)
+        grads = plan.take(of_all)
         c, firsts = self._mixture(plan, grads)
         self._tick_averages()
         mix = self._scaled_mix(c, self._overflow())
@@ -393,30 +387,37 @@ class SAM(FusedOptimizer):
         return self._flag
 
     def _weights(self, plan: Plan, bucket: Bucket) -> Weights:
+        ascent = self._ascent
+        if bucket.weights is not None and bucket.weights[0] is ascent:
+            return bucket.weights[1]
         params = plan.params[bucket.rows]
-        local = [_tensors.local(p) for p in params]
+        local = [_tensors.local(p) for p in params] if plan.sharded else params
         if bucket.form[-1]:
             return Weights([_tensors.local(self._master(p)) for p in params], outs=local)
-        ascent = self._ascent
-        if ascent is None or ascent.backup is None:
-            return Weights(local)
-        at = [ascent.place.get(p) for p in params]
+        weights, at = Weights(local), [None] * len(params)
+        if ascent is not None and ascent.backup is not None:
+            at = [ascent.place.get(p) for p in params]
         if None not in at:
-            return Weights(local, backup=ascent.backup, at=at)
-        # Some were not perturbed: what was, is put back first.
-        ascent.put_back([p for p, place in zip(params, at, strict=True) if place is not None])
-        return Weights(local)
+            weights = Weights(local, backup=ascent.backup, at=at)
+        elif any(place is not None for place in at):
+            # Some were not perturbed: what was, is put back first.
+            ascent.put_back([p for p, place in zip(params, at, strict=True) if place is not None])
+            return weights
+        if not plan.sharded:
+            bucket.weights = (ascent, weights)
+        return weights
 
     def _restore_others(self, ascent: AscentPlan, plan: Plan) -> None:
         """Parameters that the descent does not reach get their weights back."""
-        if len(ascent.params) == len(plan.params) and ascent.params == plan.params:
+        if ascent.order == plan.order:
             return
         reached = set(map(id, plan.params))
         ascent.put_back([p for p in ascent.params if id(p) not in reached])
 
     def _foreign_step(self) -> None:
-        plan = self._plan(self._with_gradients())
-        grads = self._gradients(plan)
+        of_all, has = self._collect()
+        plan = self._plan(of_all, has)
+        grads = plan.take(of_all)
         c, firsts = self._mixture(plan, grads)
         overflow = self._overflow()
         self.restore()
