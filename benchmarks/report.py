@@ -131,6 +131,25 @@ def step_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, lines
 
 
+def optimizer_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of optimizers' steps, one a list of parameters and base: the time of each peer in copies of the
+    parameters, fastflat's share of the copy's bandwidth, and the most memory that a step allocates, in parameters."""
+    rows = result["rows"]
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    head = ["parameters", "type", "list", "threads", "copy", *peers, "of copy bw"]
+    head += [f"peak {peer}" for peer in (_OURS, "stock") if peer in peers]
+    lines = []
+    for case, by_peer in cases(rows):
+        line = [elements(case["elements"]), case["dtype"], case["granularity"], str(case["threads"])]
+        line.append(seconds(next(iter(by_peer.values()))["copy_seconds"]))
+        line += [f"{by_peer[p]['copies']:.2f}" if by_peer.get(p, {}).get("copies") else "-" for p in peers]
+        best = [r for p, r in by_peer.items() if p.startswith(_OURS) and r.get("of_copy_bandwidth")]
+        line.append(f"{100 * max(r['of_copy_bandwidth'] for r in best):.0f} %" if best else "-")
+        line += [_peak(by_peer, peer) for peer in (_OURS, "stock") if peer in peers]
+        lines.append(line)
+    return head, lines
+
+
 def compare_table(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and lines: each row that both runs have, and the new time over the old, in copies of its own run."""
     before = {(*[row.get(f) for f in CASE], row["peer"]): row for row in old["rows"]}

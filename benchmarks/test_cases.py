@@ -4,13 +4,15 @@
 import pytest
 import torch
 
-from .cases import bitplane, fake_quantize, fake_quantize_list, general_quantize, identity, mixquant
+from .cases import bitplane, descent, fake_quantize, fake_quantize_list, general_quantize, identity, mixquant, sharpness
 from .peers import PEERS, Unsupported, prepare
 
 SIZES = (2**12, 2**16)
 CASES = [*fake_quantize.cases(SIZES, [torch.float32]), *identity.cases(SIZES, [torch.float32])]
 for module in (fake_quantize_list, general_quantize, mixquant, bitplane):
     CASES += module.cases(SIZES, [torch.float32])
+for module in (sharpness, descent):
+    CASES += module.cases(["small"])
 
 
 @pytest.mark.parametrize(

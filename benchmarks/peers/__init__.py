@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..cases import Data
 from ..cases.fake_quantize_list import ListData
-from . import bitplanes, builtin, compiled, eager, floor, libraries, lists, ours
+from ..cases.sharpness import StepData
+from . import bitplanes, builtin, compiled, eager, floor, libraries, lists, ours, steps
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -48,6 +49,15 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
     "bitplane": {"fastflat": bitplanes.fused, "eager": bitplanes.eager, "compile": bitplanes.compiled},
     "binarize": {"mul": floor.mul, "fastflat": ours.binarize, "eager": eager.binarize, "compile": compiled.binarize},
     "liq": {"mul": floor.mul, "fastflat": ours.liq, "eager": eager.liq, "compile": compiled.liq},
+    "sharpness": {
+        "fastflat": steps.backup,
+        "fastflat-swap": steps.swap,
+        "stock": steps.stock,
+        "add-sub": steps.add_sub,
+        "loop": steps.loop,
+        "pytorch-optimizer": steps.pytorch_optimizer,
+    },
+    "descent": {"fastflat": steps.base, "torch-fused": steps.torch_fused, "torch": steps.torch_plain},
     "identity": {"mul": floor.mul, "fastflat": ours.identity, "clone": floor.clone},
 }
 
@@ -63,7 +73,7 @@ def prepare(peer: str, data: Data) -> Callable[[], None]:
     """
     try:
         forward = PEERS[data.case.family][peer](data)
-        call = _call(forward, data)
+        call = forward if isinstance(data, StepData) else _call(forward, data)
         call()
     except Exception as error:  # whatever a peer raises is its own: the other rows must not be lost
         if peer == "fastflat":

@@ -25,6 +25,8 @@ _FAMILIES = (
     *("fake_quantize", "general_quantize", "fake_quantize_list", "mixquant", "bitplane", "binarize", "liq"),
     "identity",
 )
+#: Families whose cases are steps of optimizers.
+_STEPS = ("sharpness", "descent")
 #: Peers of fake_quantize that only run when they are named.
 _ON_REQUEST = ("builtin-fixed",)
 _STEP_PEERS = "fp32,view,identity,mul,fastflat,eager,builtin"
@@ -195,6 +197,57 @@ def step(**options: Any) -> None:
     for rows in _with_bar(runs, len(threads)):
         result["rows"] += rows
     _finish(result, "step_table", options["json_file"])
+
+
+@bench.command()
+@click.option("--lists", default="resnet18,small", show_default=True, help="Of resnet18, resnet50, vit_b, small.")
+@click.option("--bases", default="sgd,adamw", show_default=True, help="Of sgd, adam, adamw, padam, lars, lamb.")
+@click.option("--dtypes", default="fp32", show_default=True, help="Of fp32, bf16 (with fp32 masters), fp64.")
+@click.option(
+    "--family", default="sharpness", show_default=True, help="sharpness: both passes; descent: the base alone."
+)
+@click.option("--peers", help="Who steps. [default: all]")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@_THREADS
+@_ALLOCATOR
+@click.option("--quick", is_flag=True, help="Fewer rounds.")
+@click.option("--gate", is_flag=True, help="Run the ops' test files first, and refuse if they are red (in a checkout).")
+@_JSON
+def sharpness(**options: Any) -> None:
+    """Steps of sharpness-aware minimisation over the parameters of a network, its forward and backward passes left out:
+    they are most of a training step, and the same for all.
+
+    Times are in copies of the parameters (one read, one write); "of copy bw" is the least traffic of the step over
+    fastflat's time, as a share of the copy's bandwidth. stock: the least traffic that PyTorch's operations reach, loop:
+    the popular implementation, add-sub: perturbations added and taken away.
+
+    \b
+    Examples:
+      fastflat bench sharpness
+      fastflat bench sharpness --lists resnet50,vit_b --dtypes fp32,bf16 --threads 1 --json result.json
+      fastflat bench sharpness --family descent --bases sgd,adam,adamw,lars,lamb
+    """
+    cases, peers, measure = package("cases"), package("peers"), package("measure")
+    families = _known("family", options["family"], _STEPS)
+    device = _device(options["device"])
+    named = _chosen_peers(options["peers"], families, peers.PEERS)
+    modules = {family: package(f"cases.{family}") for family in families}
+    lists = _known("lists", options["lists"], package("cases.sharpness").LISTS)
+    bases = _known("bases", options["bases"], package("cases.sharpness").BASES)
+    dtypes = [cases.DTYPES[name] for name in _known("dtypes", options["dtypes"], cases.DTYPES)]
+    threads = parse_threads(options["threads"]) if device.type == "cpu" else [torch.get_num_threads()]
+    _writable(options["json_file"])
+    memory = _memory(options["allocator"])
+    _gate(device, [torch.float32], families if options["gate"] else [])
+    effort = measure.QUICK if options["quick"] else measure.Effort(seconds=6.0, rounds=(9, 60))
+    where = {**_where(device, memory), "effort": vars(effort)}
+    result = {"benchmark": ",".join(families), **where, "rows": []}
+    for family in families:
+        chosen = list(modules[family].cases(lists, dtypes, bases))
+        runs = package("run").all_rows(chosen, named[family], threads, effort, device)
+        for rows in _with_bar(runs, len(chosen) * len(threads)):
+            result["rows"] += rows
+    _finish(result, "optimizer_table", options["json_file"])
 
 
 @bench.command()
