@@ -58,7 +58,7 @@ def compile_source(source: Path, arch: str, include: Path, cache: Path) -> list[
     found = []
     for kernel in _ptx.parse(ptx.read_text()):
         name = readable(kernel.name)
-        wide, _ = streams(kernel, {}, {})
+        wide, _ = streams(kernel, {}, _streams_of_table(name, kernel))
         usage = used[kernel.name]
         found.append(
             Facts(
@@ -111,15 +111,22 @@ def _narrow(name: str, wide: list[str]) -> dict[str, str]:
     return narrow
 
 
-def _narrow_streams(name: str, kernel: _ptx.PtxKernel) -> dict[str, str]:
-    """Streams of a kernel over a list of tensors, whose addresses are in its first argument: what it touches element by
-    element for the sake of ragged ends, it must also touch 16 bytes at a time."""
+def _streams_of_table(name: str, kernel: _ptx.PtxKernel) -> dict[str, str]:
+    """Names of the streams of a kernel over a list of tensors, whose addresses are in its first argument: by their
+    order, since offsets go with the size of the table."""
     if not name.startswith("list_"):
         return {}
-    narrow = {}
+    found = {access.base for access in kernel.accesses if access.base.startswith("param 0+")}
+    ordered = sorted(found, key=lambda base: int(base.partition("+")[2]))
+    return {base: f"stream {number}" for number, base in enumerate(ordered)}
+
+
+def _narrow_streams(name: str, kernel: _ptx.PtxKernel) -> dict[str, str]:
+    """Of those, what a kernel touches element by element for the sake of ragged ends and never 16 bytes at a time."""
+    names, narrow = _streams_of_table(name, kernel), {}
     for kind in ("load", "store"):
         wide = kernel.bytes_by_base(kind, 16)
         for access in kernel.accesses:
-            if access.kind == kind and access.base.startswith("param 0+") and access.base not in wide:
-                narrow[f"{kind} {access.base}"] = f"accesses of {access.bytes} bytes"
+            if access.kind == kind and access.base in names and access.base not in wide:
+                narrow[f"{kind} {names[access.base]}"] = f"accesses of {access.bytes} bytes"
     return narrow

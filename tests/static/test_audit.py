@@ -285,7 +285,11 @@ def test_ptx_reader_tells_the_pointers_of_a_table_apart():
         _ptx.Access("store", "param 0+1500", 4): 1,
         _ptx.Access("store", "param 1", 8): 1,
     }
-    assert _cuda._narrow_streams("list_map_kernel<Step>", kernel) == {"store param 0+1500": "accesses of 4 bytes"}
+    assert _cuda._streams_of_table("list_map_kernel<Step>", kernel) == {
+        "param 0+0": "stream 0",
+        "param 0+1500": "stream 1",
+    }
+    assert _cuda._narrow_streams("list_map_kernel<Step>", kernel) == {"store stream 1": "accesses of 4 bytes"}
     assert _cuda._narrow_streams("map_kernel<Step>", kernel) == {}
 
 
