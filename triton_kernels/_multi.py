@@ -21,7 +21,7 @@ from ._common import bfloat16_bits, narrow
 from ._noise import uniform_run
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.int16, torch.float16: tl.float16, torch.float64: tl.float64}
-#: Tiles of a program of the families over lists.
+#: Tiles of a program that leaves sums: fewer partial sums. Programs of maps take one, and need fewer registers.
 STEPS = tl.constexpr(4)
 #: Lanes that add up the partial sums of a tensor.
 _LANES = 256
@@ -41,19 +41,13 @@ def place(backup_ptr, at, like):
 
 
 @triton.jit
-def extent(start, n, WIDE: tl.constexpr):
-    """First element and size, in 64 bits where offsets need them."""
+def extent(start, n, ELEMENTS: tl.constexpr, WIDE: tl.constexpr):
+    """Where the elements of a program begin and end, at most ELEMENTS of n; in 64 bits where offsets need them."""
     if WIDE:
         start, n = start.to(tl.int64), n.to(tl.int64)
     else:
         start, n = start.to(tl.int32), n.to(tl.int32)
-    return tl.multiple_of(start, 16), n
-
-
-@triton.jit
-def tiles(start, n, BLOCK: tl.constexpr):
-    """Tiles of the program whose first element is `start`."""
-    return tl.minimum(tl.cdiv(n - start, BLOCK), STEPS)
+    return tl.multiple_of(start, 16), tl.minimum(n, start + ELEMENTS)
 
 
 @triton.jit
@@ -67,32 +61,32 @@ def bfloat16_stochastic_bits(v, u):
 
 
 @triton.jit
-def deliver(ptr, start, n, v, seed, first, SEEDED: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def deliver(ptr, start, end, v, seed, first, SEEDED: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Write a tile in the storage type of the pointer; with SEEDED bfloat16 by the draws of the elements from `first`
     on, the number of the tensor's first one."""
     if SEEDED and ptr.dtype.element_ty == tl.int16:
         raw = bfloat16_stochastic_bits(v, uniform_run(seed, first.to(tl.int64) + start, BLOCK))
     else:
         raw = narrow(v, ptr.dtype.element_ty)
-    put(ptr, start, n, raw, BLOCK, MASKED)
+    put(ptr, start, end, raw, BLOCK, MASKED)
 
 
 @triton.jit
-def put(ptr, start, n, raw, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def put(ptr, start, end, raw, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Write a tile as it is."""
     offsets = start + tl.arange(0, BLOCK)
     if MASKED:
-        tl.store(ptr + offsets, raw, mask=offsets < n)
+        tl.store(ptr + offsets, raw, mask=offsets < end)
     else:
         tl.store(ptr + offsets, raw)
 
 
 @triton.jit
-def fetch(ptr, start, n, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def fetch(ptr, start, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """A tile as it is stored; 0 beyond the end."""
     offsets = start + tl.arange(0, BLOCK)
     if MASKED:
-        return tl.load(ptr + offsets, mask=offsets < n, other=0)
+        return tl.load(ptr + offsets, mask=offsets < end, other=0)
     else:
         return tl.load(ptr + offsets)
 
@@ -162,13 +156,14 @@ class Group:
 
     form: tuple
     block: int
+    steps: int
     wide: bool
     entries: list[tuple[list[int], list[torch.Tensor]]]
 
     def __post_init__(self) -> None:
         self.anchor = self.entries[0][1][0]
         self._listed = len(self.entries) > 1
-        elements = self.block * STEPS.value
+        elements = self.block * self.steps
         if self._listed:
             device = self.anchor.device
             rows = [[*numbers, *(t.data_ptr() for t in streams)] for numbers, streams in self.entries]
@@ -239,13 +234,13 @@ class Work:
         wide = _launch.wide(streams[0])
         self._forms.setdefault((types, form, wide), []).append((numbers, streams))
 
-    def groups(self) -> list[Group]:
-        """One a launch."""
+    def groups(self, steps: int = 1) -> list[Group]:
+        """One a launch, whose programs take `steps` tiles each."""
         made = []
         for (_, form, wide), entries in self._forms.items():
             block = _launch.block(entries[0][1][0])
             parts = [[entry] for entry in entries] if self._captured else [entries]
-            made += [Group(form, block, wide, part) for part in parts]
+            made += [Group(form, block, steps, wide, part) for part in parts]
         return made
 
     def finish(self) -> None:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import _multi, _updates
 from ._common import narrow, program, widen
-from ._multi import deliver, extent, fetch, pairs, place, pointer, put, tiles
+from ._multi import STEPS, deliver, extent, fetch, pairs, place, pointer, put
 from ._noise import load_state
 from ._rows import make_rows
 from ._updates import AVERAGE, BETA1, C1, C2, FIRST, FLAGS, GAIN, GAIN1, NESTEROV, RATE, SHRINK, SKIP
@@ -29,73 +29,73 @@ _MOVED = tl.constexpr(8)
 
 
 @triton.jit
-def _mixed(row, g_ptr, f_ptr, start, n, STREAMS: tl.constexpr, BLOCK: tl.constexpr,
+def _mixed(row, g_ptr, f_ptr, start, end, STREAMS: tl.constexpr, BLOCK: tl.constexpr,
            MASKED: tl.constexpr):  # fmt: skip
     """The gradient of a tile: c2 g + c1 f."""
-    u = row[C2] * widen(fetch(g_ptr, start, n, BLOCK, MASKED))
+    u = row[C2] * widen(fetch(g_ptr, start, end, BLOCK, MASKED))
     if _FIRSTS & STREAMS:
-        u = u + row[C1] * widen(fetch(f_ptr, start, n, BLOCK, MASKED))
+        u = u + row[C1] * widen(fetch(f_ptr, start, end, BLOCK, MASKED))
     return u
 
 
 @triton.jit
-def _average_tile(a_ptr, start, n, new, weight, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def _average_tile(a_ptr, start, end, new, weight, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     if weight != 0.0:
-        a = fetch(a_ptr, start, n, BLOCK, MASKED)
-        put(a_ptr, start, n, a + weight * (new - a), BLOCK, MASKED)
+        a = fetch(a_ptr, start, end, BLOCK, MASKED)
+        put(a_ptr, start, end, a + weight * (new - a), BLOCK, MASKED)
 
 
 @triton.jit
-def _step_tile(pointers, start, n, row, rate, seed, first, RULE: tl.constexpr, STREAMS: tl.constexpr,
+def _step_tile(pointers, start, end, row, rate, seed, first, RULE: tl.constexpr, STREAMS: tl.constexpr,
                SEEDED: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     source_ptr, w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, l_ptr, a_ptr = pointers
-    w = widen(fetch(source_ptr, start, n, BLOCK, MASKED))
+    w = widen(fetch(source_ptr, start, end, BLOCK, MASKED))
     if RULE == _LAMB:
-        m, v = fetch(m_ptr, start, n, BLOCK, MASKED), fetch(v_ptr, start, n, BLOCK, MASKED)
+        m, v = fetch(m_ptr, start, end, BLOCK, MASKED), fetch(v_ptr, start, end, BLOCK, MASKED)
         d = _updates.lamb(row, w, m, v)
     else:
-        u = _updates.decayed(row, _mixed(row, g_ptr, f_ptr, start, n, STREAMS, BLOCK, MASKED), w)
+        u = _updates.decayed(row, _mixed(row, g_ptr, f_ptr, start, end, STREAMS, BLOCK, MASKED), w)
         if RULE == _SGD:
             u = row[GAIN] * u
             d = u
             if _MEANS & STREAMS:
-                m = row[BETA1] * fetch(m_ptr, start, n, BLOCK, MASKED) + row[GAIN1] * u
+                m = row[BETA1] * fetch(m_ptr, start, end, BLOCK, MASKED) + row[GAIN1] * u
                 m = tl.where((row[FLAGS] & FIRST) != 0, u, m)
-                put(m_ptr, start, n, m, BLOCK, MASKED)
+                put(m_ptr, start, end, m, BLOCK, MASKED)
                 d = tl.where((row[FLAGS] & NESTEROV) != 0, u + row[BETA1] * m, m)
         else:
-            m, v = fetch(m_ptr, start, n, BLOCK, MASKED), fetch(v_ptr, start, n, BLOCK, MASKED)
+            m, v = fetch(m_ptr, start, end, BLOCK, MASKED), fetch(v_ptr, start, end, BLOCK, MASKED)
             m, v = _updates.moments(row, u, m, v)
-            put(m_ptr, start, n, m, BLOCK, MASKED)
-            put(v_ptr, start, n, v, BLOCK, MASKED)
+            put(m_ptr, start, end, m, BLOCK, MASKED)
+            put(v_ptr, start, end, v, BLOCK, MASKED)
             if _LARGEST & STREAMS:
-                x = fetch(l_ptr, start, n, BLOCK, MASKED)
+                x = fetch(l_ptr, start, end, BLOCK, MASKED)
                 v = tl.where(x > v, x, v)
-                put(l_ptr, start, n, v, BLOCK, MASKED)
+                put(l_ptr, start, end, v, BLOCK, MASKED)
             if RULE == _PADAM:
                 d = _updates.padam(row, m, v)
             else:
                 d = _updates.adam(row, m, v)
     new = row[SHRINK] * w - rate * d
     if _AVERAGES & STREAMS:
-        _average_tile(a_ptr, start, n, new, row[AVERAGE], BLOCK, MASKED)
+        _average_tile(a_ptr, start, end, new, row[AVERAGE], BLOCK, MASKED)
     if _OUTS & STREAMS:
-        deliver(out_ptr, start, n, new, seed, first, SEEDED, BLOCK, MASKED)
-    deliver(w_ptr, start, n, new, seed, first, SEEDED, BLOCK, MASKED)
+        deliver(out_ptr, start, end, new, seed, first, SEEDED, BLOCK, MASKED)
+    deliver(w_ptr, start, end, new, seed, first, SEEDED, BLOCK, MASKED)
 
 
 @triton.jit
-def _restore_tile(pointers, start, n, STREAMS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def _restore_tile(pointers, start, end, STREAMS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Weights are moved, not converted: a NaN keeps its payload."""
-    raw = fetch(pointers[0], start, n, BLOCK, MASKED)
-    put(pointers[1], start, n, raw, BLOCK, MASKED)
+    raw = fetch(pointers[0], start, end, BLOCK, MASKED)
+    put(pointers[1], start, end, raw, BLOCK, MASKED)
     if _OUTS & STREAMS:
-        put(pointers[2], start, n, narrow(widen(raw), pointers[2].dtype.element_ty), BLOCK, MASKED)
+        put(pointers[2], start, end, narrow(widen(raw), pointers[2].dtype.element_ty), BLOCK, MASKED)
 
 
 @triton.jit
-def _step_chunk(
-    w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, l_ptr, a_ptr, start, n, t, first, at, backup, rows, sums, state,
+def _step(
+    w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, l_ptr, a_ptr, start, end, t, first, at, backup, rows, sums, state,
     RULE: tl.constexpr, STREAMS: tl.constexpr, SEEDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = tl.float64 if w_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -104,23 +104,15 @@ def _step_chunk(
     seed = load_state(state) if SEEDED else first
     source_ptr = place(backup, at, w_ptr) if _BACKUP & STREAMS else w_ptr
     pointers = (source_ptr, w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, l_ptr, a_ptr)
-    count, step = tiles(start, n, BLOCK), 0
     if (row[FLAGS] & SKIP) != 0:
-        while step < count:
-            begin = start + step * BLOCK
-            if begin + BLOCK <= n:
-                _restore_tile(pointers, begin, n, STREAMS, BLOCK, False)
-            else:
-                _restore_tile(pointers, begin, n, STREAMS, BLOCK, True)
-            step += 1
+        if start + BLOCK <= end:
+            _restore_tile(pointers, start, end, STREAMS, BLOCK, False)
+        else:
+            _restore_tile(pointers, start, end, STREAMS, BLOCK, True)
+    elif start + BLOCK <= end:
+        _step_tile(pointers, start, end, row, rate, seed, first, RULE, STREAMS, SEEDED, BLOCK, False)
     else:
-        while step < count:
-            begin = start + step * BLOCK
-            if begin + BLOCK <= n:
-                _step_tile(pointers, begin, n, row, rate, seed, first, RULE, STREAMS, SEEDED, BLOCK, False)
-            else:
-                _step_tile(pointers, begin, n, row, rate, seed, first, RULE, STREAMS, SEEDED, BLOCK, True)
-            step += 1
+        _step_tile(pointers, start, end, row, rate, seed, first, RULE, STREAMS, SEEDED, BLOCK, True)
 
 
 @triton.jit
@@ -132,12 +124,12 @@ def _descent_list_kernel(
     """A step of each tensor, or its restoration."""
     pid = program(True)
     row = tensors + tl.load(chunks + 2 * pid) * _STEPPED
-    start, n = extent(tl.load(chunks + 2 * pid + 1), tl.load(row + 1), WIDE)
+    start, end = extent(tl.load(chunks + 2 * pid + 1), tl.load(row + 1), BLOCK, WIDE)
     t, first, at = tl.load(row), tl.load(row + 2), tl.load(row + 3)
-    _step_chunk(
+    _step(
         pointer(row, 4, W), pointer(row, 5, OUT), pointer(row, 6, G), pointer(row, 7, F), pointer(row, 8, M),
-        pointer(row, 9, V), pointer(row, 10, X), pointer(row, 11, A), start, n, t, first, at, backup, rows, sums, state,
-        RULE, STREAMS, SEEDED, BLOCK,
+        pointer(row, 9, V), pointer(row, 10, X), pointer(row, 11, A), start, end, t, first, at, backup, rows, sums,
+        state, RULE, STREAMS, SEEDED, BLOCK,
     )  # fmt: skip
 
 
@@ -147,59 +139,45 @@ def _descent_kernel(
     RULE: tl.constexpr, STREAMS: tl.constexpr, SEEDED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The same for one tensor."""
-    start, n = extent(program(WIDE) * (BLOCK * _multi.STEPS), n, WIDE)
-    _step_chunk(w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, l_ptr, a_ptr, start, n, t, first, at, backup, rows, sums,
-                state, RULE, STREAMS, SEEDED, BLOCK)  # fmt: skip
+    start, end = extent(program(WIDE) * BLOCK, n, BLOCK, WIDE)
+    _step(w_ptr, out_ptr, g_ptr, f_ptr, m_ptr, v_ptr, l_ptr, a_ptr, start, end, t, first, at, backup, rows, sums,
+          state, RULE, STREAMS, SEEDED, BLOCK)  # fmt: skip
 
 
 @triton.jit
-def _moments_tile(pointers, start, n, row, STREAMS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def _moments_tile(pointers, start, end, row, STREAMS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Moves the moments of a tile; gives its q and w in fp64."""
     source_ptr, g_ptr, f_ptr, m_ptr, v_ptr = pointers
-    w = widen(fetch(source_ptr, start, n, BLOCK, MASKED))
-    m, v = fetch(m_ptr, start, n, BLOCK, MASKED), fetch(v_ptr, start, n, BLOCK, MASKED)
+    w = widen(fetch(source_ptr, start, end, BLOCK, MASKED))
+    m, v = fetch(m_ptr, start, end, BLOCK, MASKED), fetch(v_ptr, start, end, BLOCK, MASKED)
     if (row[FLAGS] & SKIP) == 0:
-        m, v = _updates.moments(row, _mixed(row, g_ptr, f_ptr, start, n, STREAMS, BLOCK, MASKED), m, v)
-        put(m_ptr, start, n, m, BLOCK, MASKED)
-        put(v_ptr, start, n, v, BLOCK, MASKED)
+        m, v = _updates.moments(row, _mixed(row, g_ptr, f_ptr, start, end, STREAMS, BLOCK, MASKED), m, v)
+        put(m_ptr, start, end, m, BLOCK, MASKED)
+        put(v_ptr, start, end, v, BLOCK, MASKED)
     q = _updates.lamb(row, w, m, v)
     if MASKED:
-        q = tl.where(start + tl.arange(0, BLOCK) < n, q, 0.0)
+        q = tl.where(start + tl.arange(0, BLOCK) < end, q, 0.0)
     return q.to(tl.float64), w.to(tl.float64)
 
 
 @triton.jit
 def _moments_chunk(
-    partials,
-    w_ptr,
-    g_ptr,
-    f_ptr,
-    m_ptr,
-    v_ptr,
-    start,
-    n,
-    t,
-    at,
-    backup,
-    rows,
-    STREAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partials, w_ptr, g_ptr, f_ptr, m_ptr, v_ptr, start, end, t, at, backup, rows,
+    STREAMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     C: tl.constexpr = tl.float64 if w_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = _updates.load_row(rows, t, C)
     pointers = (place(backup, at, w_ptr) if _BACKUP & STREAMS else w_ptr, g_ptr, f_ptr, m_ptr, v_ptr)
     qq = tl.zeros([BLOCK // 2], tl.float64)
     ww = tl.zeros([BLOCK // 2], tl.float64)
-    count, step = tiles(start, n, BLOCK), 0
-    while step < count:
-        begin = start + step * BLOCK
-        if begin + BLOCK <= n:
-            q, w = _moments_tile(pointers, begin, n, row, STREAMS, BLOCK, False)
+    while start < end:
+        if start + BLOCK <= end:
+            q, w = _moments_tile(pointers, start, end, row, STREAMS, BLOCK, False)
         else:
-            q, w = _moments_tile(pointers, begin, n, row, STREAMS, BLOCK, True)
+            q, w = _moments_tile(pointers, start, end, row, STREAMS, BLOCK, True)
         qq += pairs(q * q, BLOCK)
         ww += pairs(w * w, BLOCK)
-        step += 1
+        start += BLOCK
     to = partials + 3 * tl.program_id(0)
     tl.store(to, tl.sum(qq, 0))
     tl.store(to + 1, 0.0)
@@ -214,9 +192,9 @@ def _descent_moments_list_kernel(
     """The first half of LAMB: moments, and the sums of each chunk."""
     pid = program(True)
     row = tensors + tl.load(chunks + 2 * pid) * _MOVED
-    start, n = extent(tl.load(chunks + 2 * pid + 1), tl.load(row + 1), WIDE)
+    start, end = extent(tl.load(chunks + 2 * pid + 1), tl.load(row + 1), BLOCK * STEPS, WIDE)
     w_ptr, g_ptr, f_ptr = pointer(row, 3, W), pointer(row, 4, G), pointer(row, 5, F)
-    _moments_chunk(partials, w_ptr, g_ptr, f_ptr, pointer(row, 6, M), pointer(row, 7, V), start, n,
+    _moments_chunk(partials, w_ptr, g_ptr, f_ptr, pointer(row, 6, M), pointer(row, 7, V), start, end,
                    tl.load(row), tl.load(row + 2), backup, rows, STREAMS, BLOCK)  # fmt: skip
 
 
@@ -226,8 +204,8 @@ def _descent_moments_kernel(
     STREAMS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The same for one tensor."""
-    start, n = extent(program(WIDE) * (BLOCK * _multi.STEPS), n, WIDE)
-    _moments_chunk(partials, w_ptr, g_ptr, f_ptr, m_ptr, v_ptr, start, n, t, at, backup, rows, STREAMS, BLOCK)
+    start, end = extent(program(WIDE) * (BLOCK * STEPS), n, BLOCK * STEPS, WIDE)
+    _moments_chunk(partials, w_ptr, g_ptr, f_ptr, m_ptr, v_ptr, start, end, t, at, backup, rows, STREAMS, BLOCK)
 
 
 def descent_rows_(
@@ -325,7 +303,7 @@ def descent_lamb_moments_(
             moved = [work.partner(of[t], w, True) for of in (means, squares)]
             work.add([t, w.numel(), place_], [w, g, f, *moved], streams)
     sums = rows.new_zeros((len(ws), 3))
-    for made in work.groups():
+    for made in work.groups(STEPS.value):
         made.launch_sums(sums, _descent_moments_list_kernel, _descent_moments_kernel, kept, rows)
     work.finish()
     return sums

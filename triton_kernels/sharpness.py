@@ -14,7 +14,7 @@ import triton.language as tl
 from . import _launch, _multi
 from ._common import double_from_bits, program, square_root, widen
 from ._launch import OPTIONS
-from ._multi import deliver, extent, fetch, pairs, place, pointer, put, tiles
+from ._multi import STEPS, deliver, extent, fetch, pairs, place, pointer, put
 from ._noise import load_state
 
 _PAIR, _SCALED = tl.constexpr(1), tl.constexpr(2)
@@ -25,35 +25,33 @@ _RAISED = tl.constexpr(8)
 
 
 @triton.jit
-def _pair(g_ptr, o_ptr, start, n, KIND: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def _pair(g_ptr, o_ptr, start, end, KIND: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """A tile and that of its partner in fp64; zeros beyond the end."""
-    g = widen(fetch(g_ptr, start, n, BLOCK, MASKED)).to(tl.float64)
+    g = widen(fetch(g_ptr, start, end, BLOCK, MASKED)).to(tl.float64)
     if KIND == 0:
         return g, g
     else:
-        return g, widen(fetch(o_ptr, start, n, BLOCK, MASKED)).to(tl.float64)
+        return g, widen(fetch(o_ptr, start, end, BLOCK, MASKED)).to(tl.float64)
 
 
 @triton.jit
-def _sums_chunk(partials, g_ptr, o_ptr, start, n, eta_bits, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _sums_chunk(partials, g_ptr, o_ptr, start, end, eta_bits, KIND: tl.constexpr, BLOCK: tl.constexpr):
     eta = double_from_bits(eta_bits, tl.float64)
     gg = tl.zeros([BLOCK // 2], tl.float64)
     go = tl.zeros([BLOCK // 2], tl.float64)
     oo = tl.zeros([BLOCK // 2], tl.float64)
-    count, step = tiles(start, n, BLOCK), 0
-    while step < count:
-        at = start + step * BLOCK
-        if at + BLOCK <= n:
-            g, o = _pair(g_ptr, o_ptr, at, n, KIND, BLOCK, False)
+    while start < end:
+        if start + BLOCK <= end:
+            g, o = _pair(g_ptr, o_ptr, start, end, KIND, BLOCK, False)
         else:
-            g, o = _pair(g_ptr, o_ptr, at, n, KIND, BLOCK, True)
+            g, o = _pair(g_ptr, o_ptr, start, end, KIND, BLOCK, True)
         if KIND == _SCALED:
             g = (tl.abs(o) + eta) * g
         gg += pairs(g * g, BLOCK)
         if KIND == _PAIR:
             go += pairs(g * o, BLOCK)
             oo += pairs(o * o, BLOCK)
-        step += 1
+        start += BLOCK
     to = partials + 3 * tl.program_id(0)
     tl.store(to, tl.sum(gg, 0))
     if KIND == _PAIR:
@@ -72,8 +70,8 @@ def _sharpness_sums_list_kernel(
     """Three sums of each chunk."""
     pid = program(True)
     row = tensors + tl.load(chunks + 2 * pid) * _SUMMED
-    start, n = extent(tl.load(chunks + 2 * pid + 1), tl.load(row + 1), WIDE)
-    _sums_chunk(partials, pointer(row, 2, G), pointer(row, 3, OTHER), start, n, eta_bits, KIND, BLOCK)
+    start, end = extent(tl.load(chunks + 2 * pid + 1), tl.load(row + 1), BLOCK * STEPS, WIDE)
+    _sums_chunk(partials, pointer(row, 2, G), pointer(row, 3, OTHER), start, end, eta_bits, KIND, BLOCK)
 
 
 @triton.jit(do_not_specialize=["t", "n", "eta_bits"])
@@ -81,8 +79,8 @@ def _sharpness_sums_kernel(
     g_ptr, o_ptr, t, n, partials, eta_bits, KIND: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
 ):
     """The same for one tensor."""
-    start, n = extent(program(WIDE) * (BLOCK * _multi.STEPS), n, WIDE)
-    _sums_chunk(partials, g_ptr, o_ptr, start, n, eta_bits, KIND, BLOCK)
+    start, end = extent(program(WIDE) * (BLOCK * STEPS), n, BLOCK * STEPS, WIDE)
+    _sums_chunk(partials, g_ptr, o_ptr, start, end, eta_bits, KIND, BLOCK)
 
 
 @triton.jit(do_not_specialize=["tensors", "wanted", "eps_bits"])
@@ -119,32 +117,28 @@ def _risen(w, g, s, eta, metric):
 
 
 @triton.jit
-def _ascent_tile(w_ptr, g_ptr, to_ptr, kept_ptr, start, n, numbers, seed, first,
+def _ascent_tile(w_ptr, g_ptr, to_ptr, kept_ptr, start, end, numbers, seed, first,
                  KEEP: tl.constexpr, SEEDED: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     s, eta, metric = numbers
-    raw = fetch(w_ptr, start, n, BLOCK, MASKED)
+    raw = fetch(w_ptr, start, end, BLOCK, MASKED)
     w = widen(raw)
-    g = widen(fetch(g_ptr, start, n, BLOCK, MASKED))
+    g = widen(fetch(g_ptr, start, end, BLOCK, MASKED))
     if KEEP:
-        put(kept_ptr, start, n, raw, BLOCK, MASKED)
-    deliver(to_ptr, start, n, _risen(w, g, s, eta, metric), seed, first, SEEDED, BLOCK, MASKED)
+        put(kept_ptr, start, end, raw, BLOCK, MASKED)
+    deliver(to_ptr, start, end, _risen(w, g, s, eta, metric), seed, first, SEEDED, BLOCK, MASKED)
 
 
 @triton.jit
-def _ascent_chunk(w_ptr, g_ptr, to_ptr, start, n, t, first, at, metric, backup, scale, eta_bits, state,
-                  KEEP: tl.constexpr, SEEDED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _rise(w_ptr, g_ptr, to_ptr, start, end, t, first, at, metric, backup, scale, eta_bits, state,
+          KEEP: tl.constexpr, SEEDED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     C: tl.constexpr = tl.float64 if w_ptr.dtype.element_ty == tl.float64 else tl.float32
     numbers = (tl.load(scale + t).to(C), double_from_bits(eta_bits, C), metric)
     kept_ptr = place(backup, at, w_ptr) if KEEP else w_ptr
     seed = load_state(state) if SEEDED else first
-    count, step = tiles(start, n, BLOCK), 0
-    while step < count:
-        begin = start + step * BLOCK
-        if begin + BLOCK <= n:
-            _ascent_tile(w_ptr, g_ptr, to_ptr, kept_ptr, begin, n, numbers, seed, first, KEEP, SEEDED, BLOCK, False)
-        else:
-            _ascent_tile(w_ptr, g_ptr, to_ptr, kept_ptr, begin, n, numbers, seed, first, KEEP, SEEDED, BLOCK, True)
-        step += 1
+    if start + BLOCK <= end:
+        _ascent_tile(w_ptr, g_ptr, to_ptr, kept_ptr, start, end, numbers, seed, first, KEEP, SEEDED, BLOCK, False)
+    else:
+        _ascent_tile(w_ptr, g_ptr, to_ptr, kept_ptr, start, end, numbers, seed, first, KEEP, SEEDED, BLOCK, True)
 
 
 @triton.jit(do_not_specialize=["eta_bits"])
@@ -155,11 +149,11 @@ def _sharpness_ascent_list_kernel(
     """w + e of each tensor, where it is wanted."""
     pid = program(True)
     row = tensors + tl.load(chunks + 2 * pid) * _RAISED
-    start, n = extent(tl.load(chunks + 2 * pid + 1), tl.load(row + 1), WIDE)
+    start, end = extent(tl.load(chunks + 2 * pid + 1), tl.load(row + 1), BLOCK, WIDE)
     t, first, at, metric = tl.load(row), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     w_ptr, g_ptr, to_ptr = pointer(row, 5, W), pointer(row, 6, G), pointer(row, 7, TO)
-    _ascent_chunk(w_ptr, g_ptr, to_ptr, start, n, t, first, at, metric, backup, scale, eta_bits, state,
-                  KEEP, SEEDED, BLOCK)  # fmt: skip
+    _rise(w_ptr, g_ptr, to_ptr, start, end, t, first, at, metric, backup, scale, eta_bits, state,
+          KEEP, SEEDED, BLOCK)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["t", "n", "first", "at", "metric", "eta_bits"])
@@ -168,9 +162,9 @@ def _sharpness_ascent_kernel(
     KEEP: tl.constexpr, SEEDED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The same for one tensor."""
-    start, n = extent(program(WIDE) * (BLOCK * _multi.STEPS), n, WIDE)
-    _ascent_chunk(w_ptr, g_ptr, to_ptr, start, n, t, first, at, metric, backup, scale, eta_bits, state,
-                  KEEP, SEEDED, BLOCK)  # fmt: skip
+    start, end = extent(program(WIDE) * BLOCK, n, BLOCK, WIDE)
+    _rise(w_ptr, g_ptr, to_ptr, start, end, t, first, at, metric, backup, scale, eta_bits, state,
+          KEEP, SEEDED, BLOCK)  # fmt: skip
 
 
 def _of_each(values: list[int], count: int) -> list[int]:
@@ -187,7 +181,7 @@ def sharpness_sums(gs: list[torch.Tensor], others: list[torch.Tensor], kind: lis
             g = work.weights(g, False)
             work.add([t, g.numel()], [g, work.partner(others[t], g, False) if of else g], of)
     sums = gs[0].new_zeros((len(gs), 3), dtype=torch.float64)
-    for group in work.groups():
+    for group in work.groups(STEPS.value):
         group.launch_sums(sums, _sharpness_sums_list_kernel, _sharpness_sums_kernel, _launch.bits(eta))
     return sums
 
