@@ -17,8 +17,9 @@ from . import comparison, list_cases
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-#: One tensor takes two programs, and ends in the first tile of the second.
-SHAPES = (*list_cases.SHAPES, (4 * _launch.BLOCK + 5,))
+SHAPES = list_cases.SHAPES
+#: A tensor whose sums take two programs.
+LONG = (_multi.STEPS.value * _launch.BLOCK + 5,)
 
 
 @pytest.fixture(params=["listed", "one by one"])
@@ -44,7 +45,7 @@ def test_ascent(rise, storage):
 @pytest.mark.parametrize("storage", ["fp32", "fp64", "bf16", "master bf16"])
 def test_ascent_by_each_way(way, storage):
     for rise in list_cases.RISES[1::3]:
-        check_ascent(rise, list_cases.make(storage, SHAPES[-4:]))
+        check_ascent(rise, list_cases.make(storage, SHAPES[-3:]))
 
 
 @pytest.mark.parametrize("storage", ["bf16", "master bf16", "fp32"])
@@ -85,7 +86,7 @@ def test_64_bit_offsets(monkeypatch):
     monkeypatch.setattr(_launch, "_NARROW_LIMIT", 0)
     for seeded in (False, True):
         check_ascent(list_cases.Rise("backup", 1, seeded=seeded), list_cases.make("bf16", SHAPES))
-    lists = list_cases.make("fp32", SHAPES, special=False)
+    lists = list_cases.make("fp32", ((5,), LONG), special=False)
     check_sums(lists.gs, lists.ws, [1])
 
 
@@ -153,21 +154,22 @@ def check_sums(gs, others, kinds, eta=0.25):
 @pytest.mark.parametrize("storage", list_cases.STORAGES)
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_sums(storage, kind):
-    lists = list_cases.make(storage, SHAPES, special=False)
-    check_sums(lists.gs, lists.ws, [kind if t % 3 else 0 for t in range(len(SHAPES))])
+    lists = list_cases.make(storage, (*SHAPES, LONG), special=False)
+    check_sums(lists.gs, lists.ws, [kind if t % 3 else 0 for t in range(len(SHAPES))] + [kind])
 
 
 def test_sums_by_each_way(way):
-    lists = list_cases.make("master bf16", SHAPES[-3:], special=False)
-    check_sums(lists.gs, lists.ws, [1, 0, 2])
+    lists = list_cases.make("master bf16", (*SHAPES[-2:], LONG), special=False)
+    check_sums(lists.gs, lists.ws, [0, 2, 1])
 
 
 def test_sums_of_many_programs(way, monkeypatch):
     """More of them than the second kernel has lanes."""
     monkeypatch.setattr(_multi, "_LANES", 4)
-    gs = [torch.zeros(4 * _launch.BLOCK * n + 1) for n in (10, 1)]
+    share = _multi.STEPS.value * _launch.BLOCK
+    gs = [torch.zeros(share * n + 1) for n in (10, 1)]
     for g in gs:
-        g[:: 4 * _launch.BLOCK] = torch.arange(1.0, 2.0 + g.numel() // (4 * _launch.BLOCK))
+        g[::share] = torch.arange(1.0, 2.0 + g.numel() // share)
     assert sharpness.sharpness_sums(gs, [], [0], 0.0).tolist() == [[506.0, 0.0, 0.0], [5.0, 0.0, 0.0]]
 
 
