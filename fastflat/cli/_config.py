@@ -11,6 +11,19 @@ from typing import Any
 
 from fastflat._spec import QuantSpec
 
+#: Optimizers of a run with the radius that each perturbs with unless told; None: it does not perturb.
+OPTIMIZERS: dict[str, float | None] = {
+    **dict.fromkeys(("sgd", "adam", "adamw", "padam", "lars", "lamb", "gadam", "gadamx")),
+    "sam": 0.05,
+    "asam": 0.5,
+    "gsam": 0.05,
+    "gnp": 0.05,
+    "hero": 0.5,
+    "saq": 0.05,
+}
+BASES = ("sgd", "adam", "adamw", "padam", "lars", "lamb")
+#: Options that runs before them lack.
+_NEWER = {"optimizer", "base", "rho"}
 QUANTIZERS = ("fastflat", "python", "torch", "none")
 
 
@@ -34,6 +47,9 @@ class Config:
     lr: float = 0.02
     scale_lr: float | None = None
     momentum: float = 0.9
+    optimizer: str = "sgd"
+    base: str = "sgd"
+    rho: float | None = None
     weight_decay: float = 5e-4
     shift: int = 0
     mirror: bool = True
@@ -47,7 +63,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"train: {name} must be at least {least}, got {value}")
-        for name in ("lr", "momentum", "weight_decay", "scale_lr"):
+        for name in ("lr", "momentum", "weight_decay", "scale_lr", "rho"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"train: {name} must be a finite number of at least 0, got {value}")
@@ -55,6 +71,15 @@ class Config:
             raise ValueError(f"train: seed must lie in 0 to 2**63-1, got {self.seed}")
         if self.quantizer not in QUANTIZERS:
             raise ValueError(f"train: quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"train: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.base not in BASES:
+            raise ValueError(f"train: base must be one of {', '.join(BASES)}, got {self.base!r}")
+        perturbs = OPTIMIZERS[self.optimizer] is not None
+        if not perturbs and (self.base != "sgd" or self.rho is not None):
+            raise ValueError(f"train: base and rho must come with an optimizer that perturbs, got {self.optimizer!r}")
+        if self.optimizer == "saq" and self.quantizer == "none":
+            raise ValueError("train: optimizer saq must have quantized weights, got quantizer none")
         self.layer_bits()
         self.specs()
 
@@ -78,10 +103,16 @@ class Config:
     @property
     def label(self) -> str:
         """Short name for tables and folders."""
+        optimizer = "" if self.optimizer == "sgd" else f"-{self.optimizer}"
         if self.quantizer == "none":
-            return "fp32"
+            return "fp32" + optimizer
         mixed = "-mixed" if self.bits else ""
-        return f"w{self.weight_bits}a{self.activation_bits}{mixed}-{self.quantizer}"
+        return f"w{self.weight_bits}a{self.activation_bits}{mixed}-{self.quantizer}{optimizer}"
+
+    @property
+    def radius(self) -> float | None:
+        """The radius of the perturbation; None without one."""
+        return OPTIMIZERS[self.optimizer] if self.rho is None else self.rho
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -90,6 +121,9 @@ class Config:
     def from_dict(cls, values: Any, path: Path) -> Config:
         """The config that a file or checkpoint holds; refuses what is not one."""
         fields = {f.name for f in dataclasses.fields(cls)}
+        if isinstance(values, dict):
+            missing = _NEWER - set(values)
+            values = {**values, **{f.name: f.default for f in dataclasses.fields(cls) if f.name in missing}}
         if not isinstance(values, dict) or set(values) != fields:
             odd = sorted(set(values) ^ fields)[:3] if isinstance(values, dict) else [type(values).__name__]
             raise ValueError(f"train: {path} must hold the options of a run, got a difference in {', '.join(odd)}")

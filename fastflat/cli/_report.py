@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fastflat
+from fastflat.cli._sweep import BITS, post_training
 from fastflat.cli._trainer import Trainer
 from fastflat.quant import LayerSummary, summary
 
@@ -27,12 +28,14 @@ class Run:
     layers: list[LayerSummary]
     by_class: list[float]
     config: str
+    post_training: dict[str, float]
 
     @classmethod
     def of(cls, trainer: Trainer) -> Run:
         config = trainer.config
         layers = summary(trainer.model) if config.quantizer != "none" else []
-        return cls(config.label, trainer.history, layers, trainer.class_accuracy(), config.to_json())
+        swept = post_training(trainer)
+        return cls(config.label, trainer.history, layers, trainer.class_accuracy(), config.to_json(), swept)
 
     @property
     def last(self) -> dict[str, float]:
@@ -55,6 +58,8 @@ class Run:
         return {
             "label": self.label,
             "test_accuracy": self.last["test_accuracy"],
+            "sharpness": self.last["sharpness"],
+            "post_training_accuracy": self.post_training,
             "seconds_per_epoch": self.seconds,
             "history": self.history,
             "layers": rows,
@@ -84,10 +89,11 @@ def html(title: str, lead: str, note: str, runs: list[Run], classes: tuple[str, 
         note=note,
         runs=shown,
         classes=classes,
+        bits=[str(n) for n in BITS],
         curves=_figures.curves(histories),
         times=_figures.times(histories) if len(runs) > 1 else "",
         versions=f"fastflat {fastflat.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
     )
 
 
-_SHOWN = ("label", "history", "layers", "by_class", "config", "last", "seconds")
+_SHOWN = ("label", "history", "layers", "by_class", "config", "last", "seconds", "post_training")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import math
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastflat import quant
+from fastflat import optim, quant
 from fastflat.cli import _models, _runs
 from fastflat.cli._config import Config
 from fastflat.data import Batches, Dataset
@@ -24,7 +25,29 @@ from fastflat.quant.eager import BuiltinQuantizer, EagerQuantizer
 
 _CLASSES = {"fastflat": quant.Quantizer, "python": EagerQuantizer, "torch": BuiltinQuantizer}
 
-#: Batches that set the scales of the activations.
+#: Classes of the optimizers, their options beside those of all.
+_OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "sgd": (optim.SGD, {}),
+    "adam": (optim.Adam, {}),
+    "adamw": (optim.AdamW, {}),
+    "padam": (optim.Padam, {}),
+    "lars": (optim.LARS, {}),
+    "lamb": (optim.LAMB, {}),
+    "gadam": (optim.Gadam, {}),
+    "gadamx": (optim.GadamX, {}),
+    "sam": (optim.SAM, {}),
+    "asam": (optim.SAM, {"adaptive": True, "eta": 0.01}),
+    "gsam": (optim.GSAM, {}),
+    "gnp": (optim.GNP, {}),
+    "hero": (optim.HERO, {}),
+    "saq": (optim.SAQ, {}),
+}
+#: Training images on which the sharpness is measured, and its radius: one for all, so that runs compare.
+_SHARPNESS_IMAGES, _SHARPNESS_RADIUS = 500, 0.05
+#: Share of the run after which the iterates of Gadam are averaged, once an epoch.
+_AVERAGE_FROM = 0.5
+#: Batches that set the statistics of batch normalisation of averaged weights, and the scales of the activations.
+_STATISTICS_BATCHES = 50
 _CALIBRATION = 8
 _EVALUATION_BATCH = 500
 
@@ -34,7 +57,7 @@ class Diverged(ArithmeticError):
 
 
 class Trainer:
-    """SGD with momentum and a cosine learning rate.
+    """An optimizer, by default SGD with momentum, and a cosine learning rate.
 
     Each trainer has its own random state, so that several can take turns in one process and each computes what it
     would alone.
@@ -62,8 +85,21 @@ class Trainer:
         groups = quant.param_groups(
             self.model, lr=config.lr, scale_lr=config.scale_lr, weight_decay=config.weight_decay
         )
-        self.optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        self.optimizer = self._optimizer(groups)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> optim.FusedOptimizer:
+        config = self.config
+        kind, options = _OPTIMIZERS[config.optimizer]
+        options = {"lr": config.lr, **options}
+        if config.radius is not None:
+            options |= {"base": config.base, "rho": config.radius, "model": self.model}
+        if (config.base if config.radius is not None else config.optimizer) in ("sgd", "lars"):
+            options["momentum"] = config.momentum
+        if kind in (optim.Gadam, optim.GadamX):
+            steps = len(self.train_batches)
+            options |= {"average_every": steps, "average_start": int(_AVERAGE_FROM * config.epochs * steps)}
+        return kind(groups, **options)
 
     def _model(self) -> nn.Module:
         config, dataset = self.config, self.dataset
@@ -138,20 +174,31 @@ class Trainer:
             "train_accuracy": right / count,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
+            "sharpness": self.sharpness(),
             "seconds": seconds,
         }
+        averaged = self.averaged_accuracy() if self.done == self.config.epochs else None
+        if averaged is not None:
+            row["averaged_accuracy"] = averaged
         self.history.append(row)
 
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """One step of the optimizer; (sum of losses, right answers, images)."""
+        """One step of the optimizer; (sum of losses, right answers, images) at the weights before it."""
         self.model.train()
-        with self._autocast():
-            scores = self.model(x)
-            loss = F.cross_entropy(scores.float(), y)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        passes = []
+
+        def closure() -> torch.Tensor:
+            with self._autocast():
+                scores = self.model(x)
+                loss = F.cross_entropy(scores.float(), y)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            passes.append((scores, loss))
+            return loss
+
+        self.optimizer.step(closure)
         self.scheduler.step()
+        scores, loss = passes[0]
         right = (scores.detach().argmax(1) == y).sum()
         return torch.stack([loss.detach().double() * len(y), right.double(), right.new_tensor(len(y)).double()])
 
@@ -161,6 +208,23 @@ class Trainer:
         scores, y = self.scores()
         return float(F.cross_entropy(scores, y)), float((scores.argmax(1) == y).float().mean())
 
+    def sharpness(self) -> float:
+        """Rise of the loss on the first training images at radius 0.05, in evaluation mode."""
+        count = min(_SHARPNESS_IMAGES, len(self.dataset.train_x))
+        images, labels = self.dataset.train_x[:count], self.dataset.train_y[:count]
+        ((x, y),) = Batches(images, labels, count, *self.dataset.statistics(), device=self.device)
+
+        def loss() -> torch.Tensor:
+            with self._autocast():
+                return F.cross_entropy(self.model(x).float(), y)
+
+        training = self.model.training
+        self.model.eval()
+        try:
+            return optim.sharpness(self.model, loss, _SHARPNESS_RADIUS)[1]
+        finally:
+            self.model.train(training)
+
     @torch.no_grad()
     def class_accuracy(self) -> list[float]:
         """Accuracy of each class on the test split; NaN for a class that it lacks."""
@@ -168,15 +232,33 @@ class Trainer:
         right = (scores.argmax(1) == y).double()
         return [float(right[y == c].mean()) for c in range(len(self.dataset.classes))]
 
-    def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def accuracy_of(self, model: nn.Module) -> float:
+        """Accuracy of another model on the test split."""
+        scores, y = self.scores(model)
+        return float((scores.argmax(1) == y).float().mean())
+
+    def averaged_accuracy(self) -> float | None:
+        """Accuracy of the averaged weights on the test split, with statistics of batch normalisation of their own; None
+        where the optimizer keeps no average."""
+        if not any(group["average_count"] for group in self.optimizer.param_groups):
+            return None
+        with self.optimizer.averaged():
+            model = copy.deepcopy(self.model)
+        with self._own_random_state():
+            batches = (x for x, _ in self.train_batches)
+            torch.optim.swa_utils.update_bn(itertools.islice(batches, _STATISTICS_BATCHES), model)
+        return self.accuracy_of(model)
+
+    def scores(self, model: nn.Module | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and labels of the test split, in evaluation mode."""
-        training = self.model.training
-        self.model.eval()
+        model = self.model if model is None else model
+        training = model.training
+        model.eval()
         try:
             with self._autocast(), torch.no_grad():
-                pairs = [(self.model(x).float(), y) for x, y in self.test_batches]
+                pairs = [(model(x).float(), y) for x, y in self.test_batches]
         finally:
-            self.model.train(training)
+            model.train(training)
         return torch.cat([s for s, _ in pairs]), torch.cat([y for _, y in pairs])
 
     def state(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 import fastflat
 from fastflat import data
 from fastflat.cli import _runs
-from fastflat.cli._config import QUANTIZERS, Config
+from fastflat.cli._config import BASES, OPTIMIZERS, QUANTIZERS, Config
 from fastflat.cli._models import MODELS
 from fastflat.cli._trainer import Diverged, Trainer
 from fastflat.data import Dataset
@@ -54,7 +54,15 @@ def _option(name: str, help: str, **settings: Any):
 @_option("--batch", "Images in a batch.", type=int)
 @_option("--lr", "Learning rate at its height (cosine schedule).", type=float)
 @_option("--scale-lr", "Learning rate of the quantizers' scales; that of the weights if not given.", type=float)
-@_option("--momentum", "Momentum of SGD.", type=float)
+@_option("--momentum", "Momentum of SGD and LARS.", type=float)
+@_option(
+    "--optimizer",
+    f"Of {', '.join(OPTIMIZERS)}; from sam on two passes a step, three in hero.",
+    type=click.Choice(list(OPTIMIZERS)),
+    metavar="NAME",
+)
+@_option("--base", "Base of an optimizer that perturbs.", type=click.Choice(BASES))
+@_option("--rho", "Radius of the perturbation; by the optimizer if not given.", type=float)
 @_option("--weight-decay", "Weight decay, not applied to scales.", type=float)
 @_option("--shift", "Augment by random shifts of up to this many pixels.", type=int)
 @_option("--mirror/--no-mirror", "Augment by mirroring, where that keeps the class.")
@@ -66,7 +74,9 @@ def _option(name: str, help: str, **settings: Any):
 @click.option("--out", type=click.Path(path_type=Path), help="New folder of the run; by default one under runs/.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Continue the run in this folder; its options hold.")
 @click.option("--stop-after", type=int, help="Stop after this many epochs in this call; --resume goes on.")
-@click.option("--demo", is_flag=True, help="Train fp32, 4 bits by fastflat and 4 bits by Python code, side by side.")
+@click.option(
+    "--demo", is_flag=True, help="Train fp32, 4 bits by fastflat, with SAM too, and by Python code, side by side."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file, too.")
 @click.pass_context
 def train(ctx: click.Context, **options: Any) -> None:
@@ -80,6 +90,7 @@ def train(ctx: click.Context, **options: Any) -> None:
       fastflat train --demo
       fastflat train --model resnet20 --bits "layer3.*=2" --epochs 20 --out runs/mixed
       fastflat train --data photos/ --image-size 32 --model resnet20 --device cuda
+      fastflat train --optimizer sam --rho 0.1 --out runs/flat
       fastflat train --resume runs/mixed
     """
     given = {
@@ -203,7 +214,7 @@ def progress(steps: int, text: str) -> Iterator[Any]:
 def line(row: dict[str, float], config: Config) -> str:
     return (
         f"epoch {row['epoch']:>3}/{config.epochs}  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}"
-        f"  test accuracy {100 * row['test_accuracy']:.2f} %  {row['seconds']:.2f} s"
+        f"  test accuracy {100 * row['test_accuracy']:.2f} %  sharpness {row['sharpness']:.4f}  {row['seconds']:.2f} s"
     )
 
 
@@ -219,7 +230,9 @@ def _finish(run: Path, trainer: Trainer, json_file: Path | None) -> None:
     if json_file is not None:
         _runs.write(json_file.resolve(), json.dumps(result(dataset, [(config, shown)]), indent=1) + "\n")
     accuracy = 100 * shown.last["test_accuracy"]
-    click.echo(f"test accuracy {accuracy:.2f} %, {shown.seconds:.2f} s per epoch; report: {run / _runs.REPORT}")
+    averaged = shown.last.get("averaged_accuracy")
+    mean = "" if averaged is None else f", of averaged weights {100 * averaged:.2f} %"
+    click.echo(f"test accuracy {accuracy:.2f} %{mean}, {shown.seconds:.2f} s per epoch; report: {run / _runs.REPORT}")
 
 
 def result(dataset: Dataset, runs: list[tuple[Config, Any]]) -> dict[str, Any]:

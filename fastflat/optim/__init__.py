@@ -3,6 +3,7 @@
 
 from fastflat.optim._fused import FusedOptimizer
 from fastflat.optim.bases import LAMB, LARS, SGD, Adam, AdamW, Gadam, GadamX, Padam
+from fastflat.optim.measure import sharpness
 from fastflat.optim.sam import SAM
 from fastflat.optim.variants import GNP, GSAM, HERO, SAQ
 
@@ -21,4 +22,5 @@ __all__ = [
     "Gadam",
     "GadamX",
     "Padam",
+    "sharpness",
 ]
