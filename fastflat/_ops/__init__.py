@@ -35,7 +35,10 @@ from fastflat._ops._row import Op, compute_dtype, scale_shape
 NAMESPACE = "fastflat"
 
 #: Modules with the rows of a family each, under the family's name.
-FAMILIES = (identity, fake_quantize, fake_quantize_list, general_quantize, mixquant, binarize, liq, bitplane, sharpness, descent)
+FAMILIES = (
+    *(identity, fake_quantize, fake_quantize_list, general_quantize, mixquant, binarize, liq, bitplane),
+    *(sharpness, descent),
+)
 
 OPS: dict[str, Op] = {op.name: op for family in FAMILIES for op in family.ROWS}
 

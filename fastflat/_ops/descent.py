@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from fastflat._ops._row import Op, size_of
 
 #: Columns of a row of numbers a tensor, and of those of a parameter group; csrc/math/descent.h has the same tables.
@@ -40,11 +38,12 @@ _WEIGHTS = "Tensor(a!)[] ws, Tensor(b!)[] outs, Tensor? backup, int[] at"
 _GRADIENTS = "Tensor[] gs, Tensor[] firsts"
 
 _COMMON = """The weights before the ascent come from the ``backup`` and its ``at`` of sharpness_ascent_, or are ws
-        themselves (``at`` is empty); ``ws`` receive the new ones and ``outs``, if any, their copies in 16 bits for fp32 w. ``u = c2 g + c1 f`` with ``firsts`` f, else ``u = c2 g``;
-        then ``u + decay w`` where decay is not 0. A row with the flag ``skip`` restores w, copies it
-        to out, and changes nothing else. ``averages``, if any, become ``a + average (w' - a)``; those of a row with average 0 stay.
-        States and averages are in the compute type; ``rows`` is fp64 ``[T, 16]``, rounded to the compute type; with
-        ``state`` bfloat16 results are rounded stochastically as by sharpness_ascent_."""
+        themselves (``at`` is empty); ``ws`` receive the new ones and ``outs``, if any, their copies in 16 bits for fp32
+        w. ``u = c2 g + c1 f`` with ``firsts`` f, else ``u = c2 g``; then ``u + decay w`` where decay is not 0. A row
+        with the flag ``skip`` restores w, copies it to out, and changes nothing else. ``averages``, if any, become ``a
+        + average (w' - a)``; those of a row with average 0 stay. States and averages are in the compute type; ``rows``
+        is fp64 ``[T, 16]``, rounded to the compute type; with ``state`` bfloat16 results are rounded stochastically as
+        by sharpness_ascent_."""
 
 ROWS = (
     Op(
@@ -91,7 +90,8 @@ ROWS = (
     Op(
         "descent_lamb_moments_",
         "descent",
-        f"(Tensor[] ws, Tensor? backup, int[] at, {_GRADIENTS}, Tensor(a!)[] means, Tensor(b!)[] squares, Tensor rows) -> Tensor",
+        f"(Tensor[] ws, Tensor? backup, int[] at, {_GRADIENTS}, Tensor(a!)[] means, Tensor(b!)[] squares, Tensor rows)"
+        " -> Tensor",
         _fake_moments,
         lambda ws, backup, at, gs, firsts, means, squares, rows: (
             size_of(*ws, *gs, *firsts) + 2 * size_of(*means, *squares)
@@ -110,7 +110,7 @@ ROWS = (
             ws, outs, averages, gs=(*means, *squares)
         ),
         f"""Second half: ``w' = shrink w - r q`` with the q of descent_lamb_moments_ and
-        ``r = rate sqrt(w w)/sqrt(q q)`` from its sums; the ratio is 1 where a norm is 0 or not finite, or the row's gain
-        is 0. {_COMMON}""",
+        ``r = rate sqrt(w w)/sqrt(q q)`` from its sums; the ratio is 1 where a norm is 0 or not finite, or the row's
+        gain is 0. {_COMMON}""",
     ),
 )

@@ -41,10 +41,10 @@ ROWS = (
         _bytes_of_sums,
         """Three fp64 numbers a tensor, ``[T, 3]``, of its elements g and those o of its partner: ``kind`` 0
         ``{g g, 0, 0}`` (the partner is not read; ``others`` may be empty), 1 ``{g g, g o, o o}``, 2
-        ``{(t g)^2, 0, 0}`` with ``t = |o| + eta``; one for all, or one a tensor. Sums are formed in fp64 (of kind 0 with
-        short runs of fp32 below them where nothing is lost), in an order that depends on shape and dtype alone: no norm
-        of fp32 numbers overflows, and a sum is finite exactly where all its terms are. Backends agree to a relative
-        1e-12, those of kind 0 to 1e-6.""",
+        ``{(t g)^2, 0, 0}`` with ``t = |o| + eta``; one for all, or one a tensor. Sums are formed in fp64 (of kind 0
+        with short runs of fp32 below them where nothing is lost), in an order that depends on shape and dtype alone: no
+        norm of fp32 numbers overflows, and a sum is finite exactly where all its terms are. Backends agree to a
+        relative 1e-12, those of kind 0 to 1e-6.""",
     ),
     Op(
         "sharpness_scale",
@@ -52,8 +52,8 @@ ROWS = (
         "(Tensor sums, Tensor rho, float eps, bool linf) -> Tensor",
         _fake_scale,
         lambda sums, rho, eps, linf: size_of(sums, rho) + 8 * (rho.numel() + 2),
-        """``[rho[0]/(norm + eps), ..., norm, flag]`` in fp64, ``norm`` the root of the first column of ``sums`` ``[T, 3]``
-        added up and ``flag`` 1 where that is not finite, else 0. A norm that is 0 or not finite gives scales of 0;
+        """``[rho[0]/(norm + eps), ..., norm, flag]`` in fp64, ``norm`` the root of the first column of ``sums`` ``[T,
+        3]`` added up and ``flag`` 1 where that is not finite, else 0. A norm that is 0 or not finite gives scales of 0;
         ``linf`` gives rho itself wherever the norm is finite. ``rho`` is fp64 ``[R]``, one a tensor of the ascent.""",
     ),
     Op(
@@ -66,12 +66,12 @@ ROWS = (
             size_of(*ws, *gs, *outs) + (0 if outs else size_of(*ws)) + (0 if backup is None else size_of(*ws))
         ),
         """Adds ``e = s T(w)`` to each tensor, ``s = scale[t]`` rounded to the compute type, in the order written:
-        ``metric`` 0 ``s g``, 1 ``s ((t t) g)`` with ``t = |w| + eta``, 2 ``s sign(g)``; one for all, or one a tensor.
-        A scale of 0 leaves w, whatever g is. With ``outs`` (dtype of w, or 16 bits for fp32 w) the sum goes there and w stays; else it replaces w, and a
-        ``backup`` keeps the bytes of w before, in storage order: uint8, those of tensor t from ``at[t]`` on, a multiple
-        of 64; ``at`` is empty without a backup. Results are rounded to nearest even, or with a ``state`` (int64
-        ``[seed, offset]``) bfloat16 stochastically: up where ``u < frac``, u the uniform draw of the element, elements
-        numbered in storage order through the list, each tensor from a multiple of eight on. ws, gs and outs of a tensor
-        have one shape; outs have the strides of ws.""",
+        ``metric`` 0 ``s g``, 1 ``s ((t t) g)`` with ``t = |w| + eta``, 2 ``s sign(g)``; one for all, or one a tensor. A
+        scale of 0 leaves w, whatever g is. With ``outs`` (dtype of w, or 16 bits for fp32 w) the sum goes there and w
+        stays; else it replaces w, and a ``backup`` keeps the bytes of w before, in storage order: uint8, those of
+        tensor t from ``at[t]`` on, a multiple of 64; ``at`` is empty without a backup. Results are rounded to nearest
+        even, or with a ``state`` (int64 ``[seed, offset]``) bfloat16 stochastically: up where ``u < frac``, u the
+        uniform draw of the element, elements numbered in storage order through the list, each tensor from a multiple of
+        eight on. ws, gs and outs of a tensor have one shape; outs have the strides of ws.""",
     ),
 )

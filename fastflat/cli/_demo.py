@@ -104,9 +104,8 @@ def table(runs: list[_report.Run], folders: list[Path]) -> list[str]:
     for run, folder in zip(runs, folders, strict=True):
         ratio = run.seconds / runs[0].seconds
         accuracy = f"{100 * run.last['test_accuracy']:.2f} %"
-        lines.append(
-            f"{run.label:<{width}}{accuracy:>10}{run.last['sharpness']:>11.4f}{run.seconds:>10.2f}{ratio:>9.2f}x   {folder}"
-        )
+        numbers = f"{run.last['sharpness']:>11.4f}{run.seconds:>10.2f}{ratio:>9.2f}x"
+        lines.append(f"{run.label:<{width}}{accuracy:>10}{numbers}   {folder}")
     lines += ["", f"{'weights quantized afterwards':<{width}}" + "".join(f"{n + ' bits':>10}" for n in _bits(runs))]
     for run in runs:
         lines.append(f"{run.label:<{width}}" + "".join(f"{100 * a:>8.2f} %" for a in run.post_training.values()))

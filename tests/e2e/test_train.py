@@ -204,18 +204,25 @@ def test_the_report_stands_alone_and_escapes_names(command, tmp_path):
     assert page.count("<svg") == 3
 
 
-def test_the_demo_compares_three_forms(train, tmp_path):
+def test_the_demo_compares_its_forms(train, tmp_path):
     out_folder, results = tmp_path / "demo", tmp_path / "demo.json"
     code, out, err = train("--demo", "--epochs", 2, "--out", out_folder, "--json", results)
     assert code == 0, err
     runs = json.loads(results.read_text())["runs"]
-    assert [r["config"]["quantizer"] for r in runs] == ["none", "fastflat", "python"]
-    assert len({json.dumps({**r["config"], "quantizer": ""}) for r in runs}) == 1
+    kinds = [(r["config"]["quantizer"], r["config"]["optimizer"]) for r in runs]
+    assert kinds == [("none", "sgd"), ("fastflat", "sgd"), ("python", "sgd"), ("fastflat", "sam")]
+    assert len({json.dumps({**r["config"], "quantizer": "", "optimizer": ""}) for r in runs}) == 1
     for r in runs:
         assert re.search(
-            rf"{re.escape(r['label'])} +{100 * r['test_accuracy']:.2f} % +{r['seconds_per_epoch']:.2f} ", out
+            rf"{re.escape(r['label'])} +{100 * r['test_accuracy']:.2f} % +{r['sharpness']:.4f} +"
+            rf"{r['seconds_per_epoch']:.2f} ",
+            out,
         )
-    assert (out_folder / "report.html").read_text().count("<svg") == 6
+        assert list(r["post_training_accuracy"]) == ["8", "6", "4", "3", "2"]
+        afterwards = " +".join(f"{100 * a:.2f} %" for a in r["post_training_accuracy"].values())
+        assert re.search(rf"{re.escape(r['label'])} +{afterwards}", out)
+        assert abs(r["post_training_accuracy"]["8"] - r["test_accuracy"]) < 0.1
+    assert (out_folder / "report.html").read_text().count("<svg") == 8
     # Taking turns does not change what a run computes.
     alone = tmp_path / "alone"
     train("--epochs", 2, "--out", alone, "--train-images", 10_000, "--test-images", 2_000)

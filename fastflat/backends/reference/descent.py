@@ -243,4 +243,5 @@ def descent_lamb_(
     for t, source in _sources(ws, backup, at):
         w = computed(source)
         row = _Update(rows, t, w)
-        row.write(writer, source, row.step(w, _lamb(row, w, means[t], squares[t])), ws[t], _at(outs, t), _at(averages, t))
+        new = row.step(w, _lamb(row, w, means[t], squares[t]))
+        row.write(writer, source, new, ws[t], _at(outs, t), _at(averages, t))
