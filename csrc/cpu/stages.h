@@ -5,6 +5,9 @@
 
 constexpr int64_t stage = 512;
 
+// Called once a stage, by many loops: one copy of the code of each will do.
+#define FASTFLAT_SHARED_CODE __attribute__((noinline))
+
 template <class C>
 struct alignas(64) StageBuffer {
   C v[stage];
@@ -16,11 +19,11 @@ inline constexpr Storage own_storage = sizeof(C) == 8 ? f64 : f32;
 inline int64_t storage_size(Storage s) { return s == f64 ? 8 : s == f32 ? 4 : 2; }
 
 template <class S>
-inline void widen(const S* __restrict from, int64_t n, float* __restrict to) {
+FASTFLAT_SHARED_CODE inline void widen(const S* __restrict from, int64_t n, float* __restrict to) {
   for (int64_t i = 0; i < n; ++i) to[i] = load(from[i]);
 }
 template <class S>
-inline void narrow(const float* __restrict from, int64_t n, S* __restrict to) {
+FASTFLAT_SHARED_CODE inline void narrow(const float* __restrict from, int64_t n, S* __restrict to) {
   for (int64_t i = 0; i < n; ++i) to[i] = store<S>(from[i]);
 }
 
@@ -41,7 +44,7 @@ inline C* target(const Stream& s, int64_t at, StageBuffer<C>& buffer) {
 }
 
 // memcpy past the caches.
-inline void copy_past_caches(void* to_, const void* from_, int64_t bytes) {
+FASTFLAT_SHARED_CODE inline void copy_past_caches(void* to_, const void* from_, int64_t bytes) {
 #if defined(__SSE2__)
   char* to = static_cast<char*>(to_);
   const char* from = static_cast<const char*>(from_);
@@ -74,8 +77,8 @@ inline void copy_bytes(const Stream& to, int64_t at, const void* from, int64_t n
   if (place != from) std::memmove(place, from, n * size);
 }
 
-inline void narrow_stochastic(const float* __restrict from, int64_t n, const StreamDraws& draws, int64_t at,
-                              BFloat16* __restrict to) {
+FASTFLAT_SHARED_CODE inline void narrow_stochastic(const float* __restrict from, int64_t n, const StreamDraws& draws,
+                                                   int64_t at, BFloat16* __restrict to) {
   constexpr int64_t drawn = 8 * noise_blocks;
   const PhiloxState state = PhiloxState::make(draws.state[0], draws.state[1]);
   for (int64_t i = 0; i < n; i += drawn) {
@@ -91,7 +94,8 @@ inline void narrow_stochastic(const float* __restrict from, int64_t n, const Str
 
 // Writes what a loop left at `from` to the stream. Only bfloat16 takes draws.
 template <class C>
-inline void deliver(const Stream& s, int64_t at, int64_t n, const C* from, const StreamDraws& draws = {}) {
+FASTFLAT_SHARED_CODE inline void deliver(const Stream& s, int64_t at, int64_t n, const C* from,
+                                         const StreamDraws& draws = {}) {
   if (s.storage == own_storage<C>) return copy_bytes(s, at, from, n);
   if constexpr (sizeof(C) == 4) {
     StageBuffer<uint16_t> narrowed;
@@ -111,7 +115,7 @@ inline void deliver(const Stream& s, int64_t at, int64_t n, const C* from, const
 
 // Copies a stream to another of its storage type, or of 16 bits.
 template <class C>
-inline void convert(const Stream& from, const Stream& to, int64_t at, int64_t n) {
+FASTFLAT_SHARED_CODE inline void convert(const Stream& from, const Stream& to, int64_t at, int64_t n) {
   if (from.storage == to.storage) {
     return copy_bytes(to, at, static_cast<const char*>(from.data) + at * storage_size(from.storage), n);
   }
