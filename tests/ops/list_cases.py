@@ -164,6 +164,7 @@ STEPS = (
     Step("averaged", "descent_sgd_", "sgd", {**_SGD, "average": 0.125}, averages=True),
     Step("not averaged", "descent_sgd_", "sgd", _SGD, averages=True),
     Step("skipped", "descent_sgd_", "sgd", {**_SGD, "average": 0.5}, mix=(0.0, 1.0, 1.0), averages=True),
+    Step("a decay below fp32", "descent_sgd_", "sgd", {**_SGD, "decay": 1e-60}),
     Step("lars", "descent_sgd_", "lars", {**_SGD, "trust": 0.02, "eps": 1e-9}),
     Step("adam", "descent_adam_", "adam", _ADAM, states=2),
     Step("adamw", "descent_adam_", "adam", {**_ADAM, "decoupled": 1}, states=2, restores=False, steps=0.0),
