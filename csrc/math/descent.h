@@ -133,7 +133,7 @@ struct Update {
             static_cast<C>(r[row::average]),
             (flags & row::skip) != 0,
             mixed,
-            r[row::decay] != 0.0};
+            static_cast<C>(r[row::decay]) != C(0)};
   }
 
   // The direction without weight decay.
@@ -154,13 +154,12 @@ template <class C>
 struct Sgd {
   Update<C> common;
   C momentum, gain1, gain;
-  bool first, nesterov, scaled;
+  bool first, nesterov;
 
   FASTFLAT_HD static Sgd make(const double* r, bool mixed) {
     const int flags = static_cast<int>(r[row::flags]);
     return {Update<C>::make(r, mixed),    static_cast<C>(r[row::beta1]), static_cast<C>(r[row::gain1]),
-            static_cast<C>(r[row::gain]), (flags & row::first) != 0,     (flags & row::nesterov) != 0,
-            r[row::gain] != 1.0};
+            static_cast<C>(r[row::gain]), (flags & row::first) != 0,     (flags & row::nesterov) != 0};
   }
 
   FASTFLAT_HD C plain(C w, C g, C f) const { return common.step(w, gain * common.direction(w, g, f)); }
