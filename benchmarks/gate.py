@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ import fastflat
 from fastflat import QuantSpec
 
 from .cases import Data, bitplane, mixquant
+from .cases.sharpness import BASES
 from .peers import PEERS
 
 _SPECS = (
@@ -44,6 +47,7 @@ _DYNAMIC = (
 )
 #: Seed and offset of the draws, and how much of them.
 _STATE, _NU, _A = (20240817, 5), 0.7, 0.3
+_LISTS = ((), (3,), (33, 7), (1025,), (2, 3, 4, 5), (70001,))
 _SHAPES = ((5, 32), (67, 96), (3, 4096))
 _SPECIAL = (0.0, -0.0, 0.5, -0.5, 1e-40, 1e30, float("inf"), float("-inf"), float("nan"))
 #: Sums of at most 4096 * 3 products of order one in fp32, in different orders.
@@ -81,6 +85,34 @@ def mistakes(device: torch.device, dtypes: list[torch.dtype]) -> list[str]:
             if not (torch.allclose(a, b, _TOLERANCE, _TOLERANCE) if sums else _same_bits(a, b)):
                 found.append(f"{name} of {case.label}")
     return found
+
+
+def step_mistakes(device: torch.device, dtypes: list[torch.dtype]) -> list[str]:
+    """What steps of optimizers end in otherwise than with the reference, beyond the order of their sums."""
+    found = []
+    for dtype, base, storage in itertools.product(dtypes, BASES, ("backup", "swap", "master")):
+        ends = []
+        for name in ("reference", None):
+            with fastflat.backend(name) if name else contextlib.nullcontext():
+                ends.append(_steps(device, dtype, base, storage))
+        tolerance = 1e-5 if dtype.itemsize >= 4 else 2**-7
+        if not all(torch.allclose(a, b, tolerance, tolerance, equal_nan=True) for a, b in zip(*ends, strict=True)):
+            found.append(f"weights after SAM over {base}, storage {storage}, {dtype}")
+    return found
+
+
+def _steps(device: torch.device, dtype: torch.dtype, base: str, storage: str) -> list[Tensor]:
+    """Weights of awkward sizes after three steps."""
+    generator = torch.Generator().manual_seed(2)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in _LISTS]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what 16 bits lose
+        opt = fastflat.optim.SAM(params, base, lr=0.01, rho=0.1, storage=storage)
+        for second in (False, True) * 3:
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
+            opt.second_step() if second else opt.first_step(zero_grad=True)
+    return [p.detach() for p in params]
 
 
 def _case_passes(data: Data) -> tuple[Tensor, ...]:

@@ -238,7 +238,7 @@ def sharpness(**options: Any) -> None:
     threads = parse_threads(options["threads"]) if device.type == "cpu" else [torch.get_num_threads()]
     _writable(options["json_file"])
     memory = _memory(options["allocator"])
-    _gate(device, [torch.float32], families if options["gate"] else [])
+    _gate(device, dtypes, families if options["gate"] else [], steps=True)
     effort = measure.QUICK if options["quick"] else measure.Effort(seconds=6.0, rounds=(9, 60))
     where = {**_where(device, memory), "effort": vars(effort)}
     result = {"benchmark": ",".join(families), **where, "rows": []}
@@ -335,7 +335,7 @@ def _memory(allocator: str) -> str:
     return f"tuned: {done.reason}" if done.applied else f"default: {done.reason}"
 
 
-def _gate(device: torch.device, dtypes: list[torch.dtype], tested: list[str]) -> None:
+def _gate(device: torch.device, dtypes: list[torch.dtype], tested: list[str], steps: bool = False) -> None:
     """Refuse if the kernels differ from the reference, or if the test file of one of the `tested` families is red."""
     gate = package("gate")
     for family in tested:
@@ -345,7 +345,7 @@ def _gate(device: torch.device, dtypes: list[torch.dtype], tested: list[str]) ->
         red = gate.tests_are_red(tests)
         if red:
             raise click.ClickException(f"bench: refused, the op's tests are red: {red}")
-    wrong = gate.mistakes(device, dtypes)
+    wrong = gate.step_mistakes(device, dtypes) if steps else gate.mistakes(device, dtypes)
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise click.ClickException(f"bench: refused, the kernels differ from the reference in {wrong[0]}{more}")

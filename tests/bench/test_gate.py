@@ -84,3 +84,26 @@ def test_red_tests_are_told(benchmarks, tmp_path, body, red):
     assert (told is not None) is red
     if red:
         assert "1 failed" in told
+
+
+def test_steps_of_optimizers_pass(benchmarks):
+    assert benchmarks.gate.step_mistakes(CPU, [torch.float32, torch.bfloat16]) == []
+
+
+@pytest.mark.parametrize(
+    ("op", "seen"), [("descent_sgd_", {"sgd", "lars"}), ("sharpness_ascent_", set()), ("descent_lamb_", {"lamb"})]
+)
+def test_wrong_steps_are_named(benchmarks, monkeypatch, op, seen):
+    """A step that is wrong in one element; a wrong ascent is undone, and is seen by the op's own tests."""
+    kernels = kernels_of("cpu")
+    if kernels.backend == "reference":
+        pytest.skip("the kernels in force are the reference's")
+    right = getattr(kernels, op)
+
+    def wrong(ws, *rest):
+        right(ws, *rest)
+        ws[0].detach().view(-1)[0].add_(1.0)
+
+    monkeypatch.setitem(kernels.__dict__, op, wrong)
+    found = benchmarks.gate.step_mistakes(CPU, [torch.float32])
+    assert {text.split(" over ")[1].split(",")[0] for text in found} == seen
