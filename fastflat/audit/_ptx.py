@@ -131,14 +131,16 @@ def _trace(
 
 
 def _follow(tables: dict[str, tuple[str, int]], opcode: str, parts: list[str]) -> None:
-    """Keeps ``tables`` through moves and additions."""
+    """Keeps ``tables`` through moves and sums; products and what is taken away are indices."""
     if opcode.startswith("mov") and (argument := _PARAMETER.search(parts[1])):
         tables[parts[0]] = (argument[1], 0)
-    elif opcode.startswith("add.s64"):
-        known = [tables[part] for part in parts[1:] if part in tables]
+    elif opcode.startswith(("mov", "add.s64", "sub.s64")):
+        known = [tables[part] for part in (parts[1:2] if opcode.startswith("sub") else parts[1:]) if part in tables]
         if known:
             constant = sum(int(part) for part in parts[1:] if part.lstrip("-").isdigit())
-            tables[parts[0]] = (known[0][0], known[0][1] + constant)
+            tables[parts[0]] = (known[0][0], known[0][1] + (-constant if opcode.startswith("sub") else constant))
+    elif opcode.startswith("mad") and parts[-1] in tables:
+        tables[parts[0]] = tables[parts[-1]]
 
 
 def _base(sources: dict[str, set[str]], register: str) -> str:

@@ -271,7 +271,8 @@ def test_ptx_reader_tells_the_pointers_of_a_table_apart():
     text = """
     .visible .entry k(.param .align 8 .b8 k_param_0[4096], .param .u64 k_param_1) {
       mov.b64 %rd1, k_param_0; mul.wide.s32 %rd2, %r1, 8; add.s64 %rd3, %rd1, %rd2; add.s64 %rd4, %rd3, 1000;
-      ld.param.u64 %rd5, [%rd4+-1000]; ld.param.u64 %rd6, [%rd4+500]; ld.param.u64 %rd7, [k_param_1];
+      mov.b64 %rd13, %rd4; sub.s64 %rd14, %rd13, %rd2; mad.lo.s64 %rd15, %rd16, 6, %rd14;
+      ld.param.u64 %rd5, [%rd4+-1000]; ld.param.u64 %rd6, [%rd15+500]; ld.param.u64 %rd7, [k_param_1];
       call.uni (retval0), f; ld.param.b64 %rd8, [retval0];
       cvta.to.global.u64 %rd9, %rd5; add.s64 %rd10, %rd9, %rd11;
       ld.global.v4.u32 {%r2, %r3, %r4, %r5}, [%rd10]; ld.global.u32 %r2, [%rd10+4];
