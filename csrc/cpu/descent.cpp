@@ -16,16 +16,16 @@ Tensor descent_rows_(const Tensor& hyper, const Tensor& group, const Tensor& ste
   const int64_t count = group.numel();
   STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == hyper::columns, "fastflat::", op, ": hyper must have shape [G, ",
                   static_cast<int>(hyper::columns), "]");
-  check_numbers(op, "hyper", hyper, hyper.numel());
-  check_numbers(op, "steps", steps, count);
-  check_numbers(op, "mix", mix, 3);
+  check_numbers(op, "hyper", hyper, hyper.numel(), hyper);
+  check_numbers(op, "steps", steps, count, hyper);
+  check_numbers(op, "mix", mix, 3, hyper);
   STD_TORCH_CHECK(group.scalar_type() == ScalarType::Long && group.is_contiguous(), "fastflat::", op,
                   ": group must be contiguous int64");
   STD_TORCH_CHECK(rule >= rule_sgd && rule <= rule_lamb, "fastflat::", op, ": rule must lie in [0, 4], got ", rule);
   if (rule == rule_lars) {
     STD_TORCH_CHECK(of_gradients && of_weights, "fastflat::", op, ": lars must have the sums of gradients and weights");
-    check_numbers(op, "of_gradients", *of_gradients, 3 * count);
-    check_numbers(op, "of_weights", *of_weights, 3 * count);
+    check_numbers(op, "of_gradients", *of_gradients, 3 * count, hyper);
+    check_numbers(op, "of_weights", *of_weights, 3 * count, hyper);
   }
   const int64_t* groups = static_cast<const int64_t*>(group.const_data_ptr());
   for (int64_t t = 0; t < count; ++t) {
@@ -52,15 +52,15 @@ class Calls {
  public:
   Calls(const char* op, const Tensors& ws, const std::optional<Tensor>& backup, const Integers& at, const Tensor& rows,
         bool changed)
-      : lists_(op, "ws", ws, changed), calls_(ws.size()), restored_(backup.has_value()) {
-    check_numbers(op, "rows", rows, static_cast<int64_t>(ws.size()) * row::columns);
+      : lists_(op, "ws", ws, changed), calls_(ws.size()), beyond_(lists_.beyond()) {
+    check_numbers(op, "rows", rows, static_cast<int64_t>(ws.size()) * row::columns, rows);
     const auto places = lists_.places(backup, at, false);
     for (size_t t = 0; t < ws.size(); ++t) {
       calls_[t].row = numbers(rows) + t * row::columns;
       calls_[t].w = calls_[t].source = lists_.weight(t);
       if (places[t]) calls_[t].source.data = places[t];
       // Restored weights are written without having been read.
-      calls_[t].w.bypass = restored_ && lists_.beyond();
+      calls_[t].w.bypass = backup && beyond_;
     }
   }
 
@@ -74,12 +74,15 @@ class Calls {
   void results(const Tensors& outs, const Tensors& averages, const std::optional<Tensor>& state) {
     add("outs", outs, Lists::copy, &DescentCall::out, true, true);
     add("averages", averages, Lists::state, &DescentCall::a, true, true);
-    for (DescentCall& call : calls_) call.out.bypass = lists_.beyond();
-    lists_.draw(state, [this](size_t t, const StreamDraws& draws) { calls_[t].draws = draws; });
+    const int64_t* random = lists_.draw(state, [this](size_t t, int64_t first) { calls_[t].draws.start = first; });
+    for (DescentCall& call : calls_) {
+      call.out.bypass = beyond_;
+      call.draws.state = random;
+    }
   }
 
   void run(const DescentLoops::Map (&loops)[2]) {
-    const ListWork work(lists_.views());
+    const ListWork work(lists_);
     work.run([&](int64_t i) {
       const ListUnit& u = work.units()[i];
       loops[lists_.is_double(u.tensor)](calls_[u.tensor], u.begin, u.end);
@@ -88,7 +91,7 @@ class Calls {
   }
 
   Tensor run(const Tensor& like, const decltype(DescentLoops::lamb_moments)& loops) {
-    const ListWork work(lists_.views());
+    const ListWork work(lists_);
     std::vector<double> of_units(3 * work.units().size());
     work.run([&](int64_t i) {
       const ListUnit& u = work.units()[i];
@@ -103,12 +106,13 @@ class Calls {
  private:
   void add(const char* name, const Tensors& list, Lists::Kind kind, Stream DescentCall::* stream, bool changed,
            bool may_be_empty) {
-    lists_.add(name, list, kind, changed, may_be_empty, [&](size_t t, const Stream& s) { calls_[t].*stream = s; });
+    lists_.add(name, list, kind, changed, may_be_empty,
+               [&](size_t t, void* data, Storage s) { calls_[t].*stream = {data, s}; });
   }
 
   Lists lists_;
   std::vector<DescentCall> calls_;
-  bool restored_;
+  bool beyond_;
 };
 
 void descent_sgd_(const Tensors& ws, const Tensors& outs, const std::optional<Tensor>& backup, const Integers& at,
@@ -151,7 +155,7 @@ void descent_lamb_(const Tensors& ws, const Tensors& outs, const std::optional<T
                    const Tensor& sums, const std::optional<Tensor>& state) {
   constexpr auto op = "descent_lamb_";
   Calls calls(op, ws, backup, at, rows, true);
-  check_numbers(op, "sums", sums, 3 * static_cast<int64_t>(ws.size()));
+  check_numbers(op, "sums", sums, 3 * static_cast<int64_t>(ws.size()), rows);
   calls.states("means", means, &DescentCall::m, false, false);
   calls.states("squares", squares, &DescentCall::v, false, false);
   calls.results(outs, averages, state);

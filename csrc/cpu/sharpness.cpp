@@ -17,12 +17,13 @@ Tensor sharpness_sums(const Tensors& gs, const Tensors& others, const Integers& 
   Lists lists(op, "gs", gs, false);
   std::vector<SumsCall> calls(gs.size());
   for (size_t t = 0; t < gs.size(); ++t) {
-    calls[t] = {lists.weight(t), {}, lists.value("kind", kind, t), eta};
+    calls[t] = {lists.weight(t), {}, lists.value("kind", kind, t, 3), eta};
     STD_TORCH_CHECK(calls[t].kind == sum_gradient || !others.empty(), "fastflat::", op,
                     ": others must not be empty for kind ", calls[t].kind);
   }
-  lists.add("others", others, Lists::partner, false, true, [&](size_t t, const Stream& s) { calls[t].other = s; });
-  const ListWork work(lists.views());
+  lists.add("others", others, Lists::partner, false, true,
+            [&](size_t t, void* data, Storage s) { calls[t].other = {data, s}; });
+  const ListWork work(lists);
   std::vector<double> of_units(3 * work.units().size());
   const auto& loops = sharpness_loops().sums;
   work.run([&](int64_t i) {
@@ -35,8 +36,8 @@ Tensor sharpness_sums(const Tensors& gs, const Tensors& others, const Integers& 
 Tensor sharpness_scale(const Tensor& sums, const Tensor& rho, double eps, bool linf) {
   constexpr auto op = "sharpness_scale";
   STD_TORCH_CHECK(sums.dim() == 2 && sums.size(1) == 3, "fastflat::", op, ": sums must have shape [T, 3]");
-  check_numbers(op, "sums", sums, sums.numel());
-  check_numbers(op, "rho", rho, rho.numel());
+  check_numbers(op, "sums", sums, sums.numel(), sums);
+  check_numbers(op, "rho", rho, rho.numel(), sums);
   const int64_t count = rho.numel();
   Tensor result = empty_dense(sums, {count + 2}, ScalarType::Double);
   const double* from = static_cast<const double*>(sums.const_data_ptr());
@@ -57,24 +58,24 @@ void sharpness_ascent_(const Tensors& ws, const Tensors& gs, const Tensors& outs
   const bool into = !outs.empty();
   const int64_t count = static_cast<int64_t>(ws.size());
   STD_TORCH_CHECK(!into || !backup, "fastflat::", op, ": outs and backup must not both be given");
-  check_numbers(op, "scale", scale, scale.numel());
+  check_numbers(op, "scale", scale, scale.numel(), scale);
   STD_TORCH_CHECK(scale.numel() >= count, "fastflat::", op, ": scale must have at least ", count, " values, got ",
                   scale.numel());
   const double* scales = static_cast<const double*>(scale.const_data_ptr());
   Lists lists(op, "ws", ws, !into);
   const auto places = lists.places(backup, at, true);
+  const bool beyond = lists.beyond();
   std::vector<AscentCall> calls(ws.size());
   for (size_t t = 0; t < ws.size(); ++t) {
-    calls[t] = {lists.weight(t), {}, {}, {}, scales[t], eta, lists.value("metric", metric, t), {}};
-    if (places[t]) calls[t].backup = {places[t], lists.weight(t).storage, lists.beyond()};
+    calls[t] = {lists.weight(t), {}, {}, {}, scales[t], eta, lists.value("metric", metric, t, 3), {}};
+    if (places[t]) calls[t].backup = {places[t], lists.weight(t).storage, beyond};
   }
-  lists.add("gs", gs, Lists::partner, false, false, [&](size_t t, const Stream& s) { calls[t].g = s; });
-  lists.add("outs", outs, Lists::copy, true, true, [&](size_t t, const Stream& s) {
-    calls[t].out = s;
-    calls[t].out.bypass = lists.beyond();
-  });
-  lists.draw(state, [&](size_t t, const StreamDraws& draws) { calls[t].draws = draws; });
-  const ListWork work(lists.views());
+  lists.add("gs", gs, Lists::partner, false, false, [&](size_t t, void* data, Storage s) { calls[t].g = {data, s}; });
+  lists.add("outs", outs, Lists::copy, true, true,
+            [&](size_t t, void* data, Storage s) { calls[t].out = {data, s, beyond}; });
+  const int64_t* random = lists.draw(state, [&](size_t t, int64_t first) { calls[t].draws.start = first; });
+  for (AscentCall& call : calls) call.draws.state = random;
+  const ListWork work(lists);
   const auto& loops = sharpness_loops().ascent;
   work.run(
       [&](int64_t i) {

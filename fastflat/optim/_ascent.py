@@ -14,13 +14,37 @@ from fastflat.optim import _tensors
 STORAGES = ("backup", "swap", "master")
 
 
+class Storage:
+    """Where the weights of each parameter are kept during a second pass: one place a parameter, whoever is perturbed.
+
+    Attributes:
+        backup: bytes of the weights, None with masters or swapped parameters alone.
+        place: where in the backup those of a parameter begin.
+        others: the other memory of each parameter that is swapped.
+    """
+
+    def __init__(self, params: list[Tensor], kind: str, has_master: Callable[[Tensor], bool], device: torch.device):
+        own = [p for p in params if not has_master(p)]
+        self.kind = kind
+        self.backup: Tensor | None = None
+        self.place: dict[Tensor, int] = {}
+        self.others: dict[Tensor, Tensor] = {}
+        if kind != "swap" and own:
+            at, size = _tensors.places([_tensors.local(p) for p in own])
+            self.backup = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+            self.place = dict(zip(own, at, strict=True))
+
+    def other(self, p: Tensor) -> Tensor:
+        if p not in self.others:
+            self.others[p] = torch.empty_like(p, requires_grad=False)
+        return self.others[p]
+
+
 class AscentPlan:
     """The perturbed parameters, in an order: those with a master first.
 
     Attributes:
         params: the parameters; ``groups`` the number of the group of each.
-        backup: bytes of the weights before the ascent, None where no parameter needs them.
-        place: where in the backup those of a parameter begin.
         halves: whether weights in 16 bits are moved themselves.
     """
 
@@ -28,9 +52,8 @@ class AscentPlan:
         self,
         members: list[tuple[Tensor, int]],
         chosen: list[int],
-        storage: str,
+        storage: Storage,
         has_master: Callable[[Tensor], bool],
-        device: torch.device,
     ):
         self.order = sorted(chosen, key=lambda i: not has_master(members[i][0]))
         self._whole = self.order == list(range(len(members)))
@@ -38,23 +61,27 @@ class AscentPlan:
         self.groups = [members[i][1] for i in self.order]
         self._masters = sum(has_master(p) for p in self.params)
         self.sharded = any(_tensors.is_dtensor(p) for p in self.params)
-        self._device = device
-        self._rho: tuple[list[float], Tensor] | None = None
-        own = [_tensors.local(p) for p in self.params[self._masters :]]
-        self.halves = any(p.dtype in (torch.bfloat16, torch.float16) for p in own)
-        self.place: dict[Tensor, int] = {}
-        self._at: list[int] = []
-        self.backup: Tensor | None = None
-        self._others: list[Tensor] | None = None
+        own = self.params[self._masters :]
+        self.halves = any(_tensors.local(p).dtype in (torch.bfloat16, torch.float16) for p in own)
+        self._storage = storage
+        self._at = [storage.place[p] for p in own] if storage.kind != "swap" else []
+        self._others = [storage.other(p) for p in own] if storage.kind == "swap" else None
         self._originals: list[Tensor] | None = None
-        if storage == "swap":
-            self._others = [torch.empty_like(p, requires_grad=False) for p in own]
-        elif own:
-            self._at, size = _tensors.places(own)
-            self.backup = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
-            self.place = dict(zip(self.params[self._masters :], self._at, strict=True))
+        self._rho: tuple[list[float], Tensor] | None = None
         self._kept_masters: dict[Tensor, Tensor] = {}
+        self._places: dict[Tensor, int] | None = None
         self._held = [] if self.sharded else [_tensors.Held(self.params)]
+
+    @property
+    def backup(self) -> Tensor | None:
+        return self._storage.backup
+
+    @property
+    def place(self) -> dict[Tensor, int]:
+        """Where in the backup the perturbed parameters begin."""
+        if self._places is None:
+            self._places = dict(zip(self.params[self._masters :], self._at, strict=True)) if self._at else {}
+        return self._places
 
     def take(self, of_all: list) -> list[Tensor]:
         """The plan's tensors out of a list with one for each parameter of the optimizer."""
@@ -69,12 +96,12 @@ class AscentPlan:
         rest = self.params[self._masters :]
         return [*first, *(map(_tensors.local, rest) if self.sharded else rest)]
 
-    def radii(self, of_groups: list[float]) -> Tensor:
+    def radii(self, of_groups: list[float], device: torch.device) -> Tensor:
         """The radius of each parameter, fp64 on the device; sent there when one has changed."""
         if self._rho is None or self._rho[0] != of_groups:
             each = torch.tensor([of_groups[g] for g in self.groups], dtype=torch.float64)
             if self._rho is None:
-                self._rho = (of_groups, each.to(self._device))
+                self._rho = (of_groups, each.to(device))
             else:
                 self._rho[1].copy_(each)
                 self._rho = (of_groups, self._rho[1])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,53 +14,10 @@ from fastflat import backends
 from fastflat._ops import compute_dtype
 from fastflat._ops.descent import HYPER
 from fastflat.optim import _tensors
+from fastflat.optim._plans import Bucket, Plan, Weights
 from fastflat.optim._rules import AVERAGE, IGNORED, Rule
 
 AVERAGES = ("ema", "mean")
-
-
-class Bucket:
-    """Neighbouring parameters of a plan that one call of a kernel takes: the same states, places and copies."""
-
-    def __init__(self, form: tuple, first: int, members: list[int]):
-        self.form, self.members = form, members
-        self.rows = slice(first, first + len(members))
-        self.states: list[list[Tensor]] = []
-        self.averages: list[Tensor] = []
-        self.weights: tuple[object, Weights] | None = None  # those of an ascent, which is the first
-
-
-class Plan:
-    """What stays the same while the same parameters have gradients: their order, states and tables."""
-
-    def __init__(self, params: list[Tensor], order: list[int], buckets: list[Bucket], group: Tensor, whole: bool):
-        self.params, self.order, self.buckets, self.group = params, order, buckets, group
-        self.index = None if whole else torch.tensor(order, dtype=torch.int64, device=group.device)
-        self.sharded = any(_tensors.is_dtensor(p) for p in params)
-        self.held = [] if self.sharded else [_tensors.Held(params)]
-        for b in buckets:
-            self.held += [_tensors.Held(tensors) for tensors in (*b.states, b.averages)]
-
-    def take(self, of_all: list) -> list[Tensor]:
-        """The plan's tensors out of a list with one for each parameter of the optimizer."""
-        chosen = of_all if self.index is None else [of_all[i] for i in self.order]
-        return [_tensors.local(t) for t in chosen] if self.sharded else chosen
-
-
-@dataclasses.dataclass
-class Weights:
-    """The weights of a bucket as a descent kernel takes them: ``ws`` take the new values, ``outs`` their copies in 16
-    bits; the values before lie in the backup, or are ws."""
-
-    ws: list[Tensor]
-    outs: list[Tensor] = dataclasses.field(default_factory=list)
-    backup: Tensor | None = None
-    at: list[int] = dataclasses.field(default_factory=list)
-
-    def before(self) -> list[Tensor]:
-        if self.backup is None:
-            return self.ws
-        return [_tensors.kept(self.backup, at, w) for at, w in zip(self.at, self.ws, strict=True)]
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -203,7 +159,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _plan(self, grads: list[Tensor | None], has: tuple[bool, ...] | None) -> Plan:
         """The plan of the parameters that have a gradient."""
-        key = (has, *((self._slots(group), bool(group["average"])) for group in self.param_groups))
+        forms = ((self._slots(group), bool(group["average"])) for group in self.param_groups)
+        key = (has, self._dtype(), *forms)
         plan = self._plans.get(key)
         if plan is None:
             # What kind of gradient an operation gives does not change from step to step.
@@ -236,6 +193,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         rows = [2 * g + (not self._adapted(p, self.param_groups[g])) for g, p in zip(numbers, params, strict=True)]
         group = torch.tensor(rows, dtype=torch.int64, device=self._device())
         return Plan(params, order, buckets, group, order == list(range(len(members))))
+
+    def _dtype(self) -> torch.dtype:
+        """The type of the first parameter: a model that is converted as a whole is told by it."""
+        return self._of_groups()[0][0].dtype
 
     def _device(self) -> torch.device:
         return _tensors.local(self._of_groups()[0][0]).device
@@ -283,7 +244,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _scaled_mix(self, c: tuple[Tensor | float, Tensor | float] | None, skip: Tensor | None) -> Tensor:
         """``[c1, c2, skip]``, unscaled and stopped as torch.amp.GradScaler asks."""
         device = self._device()
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scale, found = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if scale is None and found is None and c is None and skip is None:
             if getattr(self, "_plain_mix", None) is None or self._plain_mix.device != device:
                 self._plain_mix = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, device=device)
@@ -315,7 +276,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if plan.index is not None:
                 every[plan.index] = steps
             for b, w in zip(plan.buckets, weights, strict=True):
-                kept, given = (w.backup, w.at), (grads[b.rows], firsts[b.rows] if firsts else [])
+                kept, given = ((w.backup, w.at), (grads[b.rows], firsts[b.rows] if firsts else []))
                 of_rows, states = rows[b.rows], b.states
                 if self._rule.name in ("sgd", "lars"):
                     momenta = states[0] if states else []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastflat import backends
 from fastflat._ops.sharpness import METRICS, SUM_GRADIENT, SUM_PAIR
 from fastflat.optim import _tensors
-from fastflat.optim._fused import Plan
+from fastflat.optim._plans import Plan
 from fastflat.optim.sam import SAM
 
 
