@@ -3,10 +3,12 @@
 #   PYTHON   python of 3.10 or later for .venv          make test PYTHON=python3.12
 #   TORCH    what pip installs as torch                 make test TORCH="torch==2.13.0 --index-url <your index>"
 #   EXTRAS   extras of pyproject.toml that .venv gets
+#   WORKERS  test processes at once (0: none beside)   make test WORKERS=0
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 EXTRAS ?= demo,bench,test
+WORKERS ?= auto
 VENV ?= .venv
 ARGS ?=
 
@@ -56,8 +58,9 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.installed
 build: $(VENV)/.installed
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
+# A file of tests a process, as many at once as there are cores, at most 8; threads that wait do not spin.
 test: build
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 # Other libraries' quantizers, at the versions studied; nothing else needs them.
 peers: $(VENV)/.installed

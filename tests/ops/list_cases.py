@@ -144,7 +144,18 @@ class Step:
         if self.op == "descent_adam_":
             largest = lists.states[2] if self.states == 3 else []
             states = (lists.states[0], lists.states[1], largest)
-            return (lists.ws, lists.outs, *restored, lists.gs, firsts, *states, averages, made, self.rule == "padam", state)
+            return (
+                lists.ws,
+                lists.outs,
+                *restored,
+                lists.gs,
+                firsts,
+                *states,
+                averages,
+                made,
+                self.rule == "padam",
+                state,
+            )
         if self.op == "descent_lamb_moments_":
             return (lists.ws, *restored, lists.gs, firsts, *lists.states[:2], made)
         sums = torch.tensor([[2.0, 0.0, 3.0]], dtype=torch.float64).repeat(count, 1)

@@ -177,7 +177,9 @@ def test_raw_ops_refuse_what_would_corrupt_memory(compiled, change, message):
 def test_opcheck():
     lists = list_cases.make("fp32", ((3,), (4, 5)), special=False)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.fastflat.sharpness_sums.default, (lists.gs, lists.ws, [1, 2], 0.0), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.fastflat.sharpness_sums.default, (lists.gs, lists.ws, [1, 2], 0.0), test_utils=tests
+    )
     sums = torch.ones(2, 3, dtype=torch.float64)
     rho = torch.ones(1, dtype=torch.float64)
     torch.library.opcheck(torch.ops.fastflat.sharpness_scale.default, (sums, rho, 0.0, False), test_utils=tests)

@@ -142,7 +142,8 @@ def test_hero_follows_the_exact_product():
     error = math.sqrt(
         sum(((w - p.detach() - u) ** 2).sum().item() for w, p, u in zip(start, params, wanted, strict=True))
     )
-    assert size > 0 and error < 1e-3 * size
+    assert size > 0
+    assert error < 1e-3 * size
 
 
 def test_hero_without_its_penalty_is_adaptive_sam(on_backend):
@@ -215,7 +216,8 @@ def test_a_zero_gradient_perturbs_nothing(on_backend):
     opt = optim.SAM(model.parameters(), lr=0.1, rho=0.5)
     quadratic(model, 1.0)()
     opt.first_step()
-    assert model.w.tolist() == [0.0, 0.0] and opt.gradient_norm.item() == 0.0
+    assert model.w.tolist() == [0.0, 0.0]
+    assert opt.gradient_norm.item() == 0.0
     opt.second_step()
     assert model.w.tolist() == [0.0, 0.0]
 

@@ -109,7 +109,8 @@ def test_parameters_without_a_second_gradient_are_restored(storage, dtype, base)
     opt.second_step(zero_grad=True)
     after = raw(params)
     assert problems.same([after[2], after[3]], [before[2], before[3]])
-    assert not torch.equal(after[4], before[4]) and not torch.equal(after[6], before[6])
+    assert not torch.equal(after[4], before[4])
+    assert not torch.equal(after[6], before[6])
 
 
 @pytest.mark.parametrize("storage", ["backup", "swap"])
@@ -149,10 +150,11 @@ def test_exceptions_restore(storage):
 
     with pytest.raises(KeyboardInterrupt):
         opt.step(closure)
-    assert len(calls) == 2 and problems.same(problems.bits(model), before) and not opt.is_perturbed
-    with pytest.raises(ZeroDivisionError), opt.perturbed():
-        assert opt.is_perturbed and not problems.same(problems.bits(model), before)
-        raise ZeroDivisionError
+    assert len(calls) == 2
+    assert problems.same(problems.bits(model), before)
+    assert not opt.is_perturbed
+    with pytest.raises(ZeroDivisionError):
+        fail_while_perturbed(opt, model, before)
     assert problems.same(problems.bits(model), before)
     opt.zero_grad()
     F.cross_entropy(model(x), y).backward()
@@ -162,8 +164,15 @@ def test_exceptions_restore(storage):
     assert problems.same(problems.bits(model), before)
 
 
+def fail_while_perturbed(opt, model, before):
+    with opt.perturbed():
+        assert opt.is_perturbed
+        assert not problems.same(problems.bits(model), before)
+        raise ZeroDivisionError
+
+
 def test_a_new_step_restores_what_a_broken_one_left():
-    """By hand: the next first_step, or a zero_grad that drops second gradients, restores; one between the passes not."""
+    """The next first_step, or a zero_grad that drops second gradients, restores; one between the passes does not."""
     model = problems.net().eval()
     x, y = problems.batch()
     opt = optim.SAM(model.parameters(), lr=0.1, rho=0.5)
@@ -176,7 +185,8 @@ def test_a_new_step_restores_what_a_broken_one_left():
         assert opt.is_perturbed
         backward()
         opt.zero_grad()
-        assert not opt.is_perturbed and problems.same(problems.bits(model), before)
+        assert not opt.is_perturbed
+        assert problems.same(problems.bits(model), before)
         with pytest.raises(RuntimeError, match=r"second_step: first_step\(\) must come before it"):
             opt.second_step()
     backward()
@@ -229,7 +239,7 @@ def test_bad_options(options, error, message):
 
 def test_bad_parameters():
     with pytest.raises(
-        TypeError, match="parameters must be float32, float64, bfloat16 or float16, got torch.complex64"
+        TypeError, match=r"parameters must be float32, float64, bfloat16 or float16, got torch\.complex64"
     ):
         optim.SAM([nn.Parameter(torch.ones(3, dtype=torch.complex64))])
     with pytest.raises(ValueError, match="parameters must be on one device, got cpu and meta"):
@@ -251,7 +261,9 @@ def test_bad_gradients_change_nothing():
     before = [other.detach().clone(), embedding.weight.detach().clone()]
     with pytest.raises(ValueError, match=r"gradients must be dense, got torch.sparse_coo; build the embedding with"):
         opt.first_step()
-    assert torch.equal(other, before[0]) and torch.equal(embedding.weight, before[1]) and not opt.is_perturbed
+    assert torch.equal(other, before[0])
+    assert torch.equal(embedding.weight, before[1])
+    assert not opt.is_perturbed
     opt.zero_grad()
     with pytest.raises(RuntimeError, match="no parameter has a gradient; call backward"):
         opt.first_step()
