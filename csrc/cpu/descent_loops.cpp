@@ -111,10 +111,11 @@ void sgd(const DescentCall& call, int64_t begin, int64_t end) {
   });
 }
 
-// One loop a form: `largest` and `padam` are constants of it.
+// One loop a form: `largest` and `padam` are constants of it. Powers have a loop of their own, which vectorises.
 template <bool largest, bool padam, class C>
 inline void adam_stage(const Stage<C>& now, const Adam<C>& functor, const C* w, const C* g, C* to) {
   C *m = now.state(now.call.m), *v = now.state(now.call.v), *x = largest ? now.state(now.call.x) : v;
+  C* __restrict power = now.buffers.mixed.v;
   const int64_t n = now.n;
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
@@ -127,8 +128,12 @@ inline void adam_stage(const Stage<C>& now, const Adam<C>& functor, const C* w, 
       most = larger(x[i], square);
       x[i] = most;
     }
-    to[i] = padam ? functor.padam(w[i], mean, most) : functor.adam(w[i], mean, most);
+    if (!padam) to[i] = functor.adam(w[i], mean, most);
   }
+  if (!padam) return;
+  for (int64_t i = 0; i < n; ++i) power[i] = functor.raised(x[i]);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) to[i] = functor.common.step(w[i], m[i] / power[i]);
 }
 
 template <class C>

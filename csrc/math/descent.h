@@ -192,10 +192,9 @@ struct Adam {
     v = beta2 * v + gain2 * (u * u);
   }
   FASTFLAT_HD C adam(C w, C m, C v) const { return common.step(w, m / (std::sqrt(v) / root + eps)); }
-  // m / (sqrt(v) + eps)^power
-  FASTFLAT_HD C padam(C w, C m, C v) const {
-    return common.step(w, m / elementary::exp(power * elementary::log(std::sqrt(v) + eps)));
-  }
+  // (sqrt(v) + eps)^power
+  FASTFLAT_HD C raised(C v) const { return elementary::exp(power * elementary::log(std::sqrt(v) + eps)); }
+  FASTFLAT_HD C padam(C w, C m, C v) const { return common.step(w, m / raised(v)); }
   // LAMB: the update before the ratio of norms.
   FASTFLAT_HD C lamb(C w, C m, C v) const {
     const C q = (m * unbias) / (std::sqrt(v) / root + eps);
