@@ -136,12 +136,13 @@ def optimizer_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     parameters, fastflat's share of the copy's bandwidth, and the most memory that a step allocates, in parameters."""
     rows = result["rows"]
     peers = list(dict.fromkeys(row["peer"] for row in rows))
-    head = ["parameters", "type", "list", "threads", "copy", *peers, "of copy bw"]
+    head = ["parameters", "type", "list", "threads", "least B/param", "copy", *peers, "of copy bw"]
     head += [f"peak {peer}" for peer in (_OURS, "stock") if peer in peers]
     lines = []
     for case, by_peer in cases(rows):
         line = [elements(case["elements"]), case["dtype"], case["granularity"], str(case["threads"])]
-        line.append(seconds(next(iter(by_peer.values()))["copy_seconds"]))
+        moved = next((row["bytes"] / case["elements"] for row in by_peer.values() if "bytes" in row), None)
+        line += ["-" if moved is None else f"{moved:.0f}", seconds(next(iter(by_peer.values()))["copy_seconds"])]
         line += [f"{by_peer[p]['copies']:.2f}" if by_peer.get(p, {}).get("copies") else "-" for p in peers]
         best = [r for p, r in by_peer.items() if p.startswith(_OURS) and r.get("of_copy_bandwidth")]
         line.append(f"{100 * max(r['of_copy_bandwidth'] for r in best):.0f} %" if best else "-")

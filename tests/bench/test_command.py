@@ -130,9 +130,24 @@ def test_compare(capsys, tmp_path, benchmarks):
     assert ["2^12", "x", "x", "x", "fastflat", "4.00", "3.00", "0.75"] in [line.split() for line in out.splitlines()]
 
 
+def test_sharpness_writes_every_row(capsys, tmp_path, swift, own_memory):
+    """All peers of a small list; the least traffic of SGD with momentum is 36 bytes a parameter."""
+    target = tmp_path / "steps.json"
+    names = ("--lists", "small", "--bases", "sgd", "--threads", "1", "--quick")
+    code, out, _ = run(capsys, "sharpness", *names, "--json", target)
+    assert code == 0
+    rows = json.loads(target.read_text())["rows"]
+    assert {row["peer"] for row in rows} >= {"fastflat", "fastflat-swap", "stock", "add-sub", "loop"}
+    assert all(row["bytes"] == 36 * row["elements"] for row in rows if "bytes" in row)
+    assert ["1000000", "fp32", "small", "sgd", "1", "36"] in [line.split()[:6] for line in out.splitlines()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["sharpness", "--lists", "resnet19"], "--lists must be of resnet18, resnet50, vit_b, small, got 'resnet19'"),
+        (["sharpness", "--bases", "rmsprop"], "--bases must be of sgd, adam, adamw, padam, lars, lamb, got 'rmsprop'"),
+        (["sharpness", "--family", "quantize"], "--family must be of sharpness, descent, got 'quantize'"),
         (["quantize", "--sizes", "12"], "--sizes must be powers of two from 128 to 268435456, got 12"),
         (["quantize", "--sizes", "2^3"], "--sizes must be powers of two from 128 to 268435456, got 8"),
         (["quantize", "--sizes", "2^99"], "--sizes must ascend and end at 2^63 at most, got '2^99'"),
