@@ -15,9 +15,9 @@ from torch import Tensor
 
 import fastflat
 from fastflat import QuantSpec
+from fastflat.optim import BASES
 
 from .cases import Data, bitplane, mixquant
-from .cases.sharpness import BASES
 from .peers import PEERS
 
 _SPECS = (

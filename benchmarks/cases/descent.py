@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from . import sharpness
-from .sharpness import BASES, LISTS, StepCase
+from .sharpness import LISTS, StepCase
 
-__all__ = ["BASES", "LISTS", "cases"]
+__all__ = ["LISTS", "cases"]
 
 
 def cases(

@@ -20,8 +20,6 @@ from . import Case
 
 Shapes = tuple[tuple[int, ...], ...]
 
-BASES = ("sgd", "adam", "adamw", "padam", "lars", "lamb")
-
 
 def _norm(width: int) -> Iterator[tuple[int, ...]]:
     yield from [(width,)] * 2

@@ -27,9 +27,17 @@ def _give(params: list[Tensor], grads: list[Tensor]) -> None:
 
 
 def _torch_base(data, params: list[Tensor], **options) -> torch.optim.Optimizer:
+    return _torch_class(data)(params, **_options(data), **options)
+
+
+def _torch_class(data) -> type[torch.optim.Optimizer]:
     if data.case.base not in _TORCH:
         raise ValueError(f"torch has no {data.case.base}")
-    return _TORCH[data.case.base](params, lr=RATE, **_OPTIONS.get(data.case.base, {}), **options)
+    return _TORCH[data.case.base]
+
+
+def _options(data) -> dict[str, float]:
+    return {"lr": RATE, **_OPTIONS.get(data.case.base, {})}
 
 
 def _halves(data) -> bool:
@@ -39,16 +47,8 @@ def _halves(data) -> bool:
 def _ours(data, storage: str) -> Call:
     params = data.parameters()
     storage = "master" if _halves(data) else storage
-    opt = optim.SAM(params, data.case.base, lr=RATE, rho=RHO, storage=storage, **_OPTIONS.get(data.case.base, {}))
-
-    def call() -> None:
-        _give(params, data.first)
-        opt.first_step()
-        _give(params, data.second)
-        opt.second_step()
-
-    call.parameters = params
-    return call
+    opt = optim.SAM(params, data.case.base, rho=RHO, storage=storage, **_options(data))
+    return _two_passes(data, params, opt)
 
 
 def backup(data) -> Call:
@@ -99,7 +99,6 @@ def loop(data) -> Call:
                 p.data = before[p]
         base.step()
 
-    call.parameters = params
     return call
 
 
@@ -120,7 +119,6 @@ def add_sub(data) -> Call:
             torch._foreach_sub_(params, e)
         base.step()
 
-    call.parameters = params
     return call
 
 
@@ -147,7 +145,6 @@ def stock(data) -> Call:
         with torch.no_grad():
             m.publish([w.detach() for w in m.masters])
 
-    call.parameters = m.params
     return call
 
 
@@ -160,19 +157,8 @@ def pytorch_optimizer(data) -> Call:
     if _halves(data):
         raise ValueError("pytorch_optimizer has no masters")
     params = data.parameters()
-    options = {"lr": RATE, **_OPTIONS.get(data.case.base, {})}
-    if data.case.base not in _TORCH:
-        raise ValueError(f"torch has no {data.case.base}")
-    opt = package.SAM(params, _TORCH[data.case.base], rho=RHO, **options)
-
-    def call() -> None:
-        _give(params, data.first)
-        opt.first_step()
-        _give(params, data.second)
-        opt.second_step()
-
-    call.parameters = params
-    return call
+    opt = package.SAM(params, _torch_class(data), rho=RHO, **_options(data))
+    return _two_passes(data, params, opt)
 
 
 def base(data) -> Call:
@@ -180,7 +166,7 @@ def base(data) -> Call:
     params = data.parameters()
     kind = {"sgd": optim.SGD, "adam": optim.Adam, "adamw": optim.AdamW, "padam": optim.Padam, "lars": optim.LARS,
             "lamb": optim.LAMB}[data.case.base]  # fmt: skip
-    return _one_pass(data, params, kind(params, lr=RATE, **_OPTIONS.get(data.case.base, {})))
+    return _one_pass(data, params, kind(params, **_options(data)))
 
 
 def torch_fused(data) -> Call:
@@ -197,10 +183,19 @@ def torch_plain(data) -> Call:
     return _one_pass(data, params, _torch_base(data, params))
 
 
+def _two_passes(data, params: list[Tensor], opt) -> Call:
+    def call() -> None:
+        _give(params, data.first)
+        opt.first_step()
+        _give(params, data.second)
+        opt.second_step()
+
+    return call
+
+
 def _one_pass(data, params: list[Tensor], opt: torch.optim.Optimizer) -> Call:
     def call() -> None:
         _give(params, data.second)
         opt.step()
 
-    call.parameters = params
     return call

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fastflat._spec import QuantSpec
+from fastflat.optim import BASES
 
 #: Optimizers of a run with the radius that each perturbs with unless told; None: it does not perturb.
 OPTIMIZERS: dict[str, float | None] = {
-    **dict.fromkeys(("sgd", "adam", "adamw", "padam", "lars", "lamb", "gadam", "gadamx")),
+    **dict.fromkeys((*BASES, "gadam", "gadamx")),
     "sam": 0.05,
     "asam": 0.5,
     "gsam": 0.05,
@@ -21,7 +22,6 @@ OPTIMIZERS: dict[str, float | None] = {
     "hero": 0.5,
     "saq": 0.05,
 }
-BASES = ("sgd", "adam", "adamw", "padam", "lars", "lamb")
 #: Options that runs before them lack.
 _NEWER = {"optimizer", "base", "rho"}
 QUANTIZERS = ("fastflat", "python", "torch", "none")

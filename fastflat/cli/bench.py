@@ -233,7 +233,7 @@ def sharpness(**options: Any) -> None:
     named = _chosen_peers(options["peers"], families, peers.PEERS)
     modules = {family: package(f"cases.{family}") for family in families}
     lists = _known("lists", options["lists"], package("cases.sharpness").LISTS)
-    bases = _known("bases", options["bases"], package("cases.sharpness").BASES)
+    bases = _known("bases", options["bases"], fastflat.optim.BASES)
     dtypes = [cases.DTYPES[name] for name in _known("dtypes", options["dtypes"], cases.DTYPES)]
     threads = parse_threads(options["threads"]) if device.type == "cpu" else [torch.get_num_threads()]
     _writable(options["json_file"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastflat.optim import _tensors
+from fastflat.optim._plans import Ordered
 
 STORAGES = ("backup", "swap", "master")
 
@@ -40,12 +41,12 @@ class Storage:
         return self.others[p]
 
 
-class AscentPlan:
+class AscentPlan(Ordered):
     """The perturbed parameters, in an order: those with a master first.
 
     Attributes:
-        params: the parameters; ``groups`` the number of the group of each.
         halves: whether weights in 16 bits are moved themselves.
+        backup: that of the storage; ``place`` says where in it the weights of a parameter begin.
     """
 
     def __init__(
@@ -55,38 +56,17 @@ class AscentPlan:
         storage: Storage,
         has_master: Callable[[Tensor], bool],
     ):
-        self.order = sorted(chosen, key=lambda i: not has_master(members[i][0]))
-        self._whole = self.order == list(range(len(members)))
-        self.params = [members[i][0] for i in self.order]
-        self.groups = [members[i][1] for i in self.order]
+        super().__init__(members, sorted(chosen, key=lambda i: not has_master(members[i][0])))
         self._masters = sum(has_master(p) for p in self.params)
-        self.sharded = any(_tensors.is_dtensor(p) for p in self.params)
         own = self.params[self._masters :]
-        self.halves = any(_tensors.local(p).dtype in (torch.bfloat16, torch.float16) for p in own)
-        self._storage = storage
-        self._at = [storage.place[p] for p in own] if storage.kind != "swap" else []
+        self.halves = any(_tensors.local(p).dtype in _tensors.HALVES for p in own)
+        self.backup = storage.backup
+        self.place = {p: storage.place[p] for p in own if p in storage.place}
+        self._at = list(self.place.values())
         self._others = [storage.other(p) for p in own] if storage.kind == "swap" else None
         self._originals: list[Tensor] | None = None
         self._rho: tuple[list[float], Tensor] | None = None
         self._kept_masters: dict[Tensor, Tensor] = {}
-        self._places: dict[Tensor, int] | None = None
-        self._held = [] if self.sharded else [_tensors.Held(self.params)]
-
-    @property
-    def backup(self) -> Tensor | None:
-        return self._storage.backup
-
-    @property
-    def place(self) -> dict[Tensor, int]:
-        """Where in the backup the perturbed parameters begin."""
-        if self._places is None:
-            self._places = dict(zip(self.params[self._masters :], self._at, strict=True)) if self._at else {}
-        return self._places
-
-    def take(self, of_all: list) -> list[Tensor]:
-        """The plan's tensors out of a list with one for each parameter of the optimizer."""
-        chosen = of_all if self._whole else [of_all[i] for i in self.order]
-        return [_tensors.local(t) for t in chosen] if self.sharded else chosen
 
     def weights(self, weights_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """What the kernels read: masters, then the parameters themselves."""
@@ -155,7 +135,7 @@ class AscentPlan:
         stayed = count = 0
         for t, p in enumerate(self.params[self._masters :]):
             w = _tensors.local(p)
-            if w.dtype not in (torch.bfloat16, torch.float16):
+            if w.dtype not in _tensors.HALVES:
                 continue
             before = self._originals[t] if self._originals is not None else _tensors.kept(self.backup, self._at[t], w)
             moving = _tensors.local(p.grad) != 0

@@ -69,7 +69,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         }  # fmt: skip
         self._forget_plans()
         super().__init__(params, {**rule.defaults, **averaging, **options})
-        _tensors.check_parameters(self._name, self._all())
 
     # Options and groups ----------------------------------------------------------------------------------------------
 
@@ -81,11 +80,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._rule.check(self._name, self.param_groups[-1])
-            _tensors.check_parameters(self._name, self._all())
+            self._check_parameters()
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         self._forget_plans()
+
+    def _check_parameters(self) -> None:
+        """Refuses parameters that the kernels cannot take."""
+        _tensors.check_parameters(self._name, self._all())
 
     def _all(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -97,6 +100,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._numbers: tuple | None = None
         self._hyper: Tensor | None = None
         self._steps: Tensor | None = None
+        self._plain_mix: Tensor | None = None
 
     def _of_groups(self) -> list[tuple[Tensor, int]]:
         """Every parameter with the number of its group."""
@@ -177,10 +181,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             if has is None or has[i]:
                 forms.setdefault(self._form(p, self.param_groups[g]), []).append(i)
         order = [i for of_form in forms.values() for i in of_form]
-        params = [members[i][0] for i in order]
         buckets, first = [], 0
         for form, of_form in forms.items():
-            bucket = Bucket(form, first, of_form)
+            bucket = Bucket(form, first, len(of_form))
             groups = [self.param_groups[members[i][1]] for i in of_form]
             states = [
                 self._state_of(members[i][0], i, group, form[0]) for i, group in zip(of_form, groups, strict=True)
@@ -189,10 +192,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             bucket.averages = [_tensors.local(s[AVERAGE]) for s in states] if form[1] else []
             buckets.append(bucket)
             first += len(of_form)
-        numbers = [members[i][1] for i in order]
-        rows = [2 * g + (not self._adapted(p, self.param_groups[g])) for g, p in zip(numbers, params, strict=True)]
+        rows = [2 * g + (not self._adapted(p, self.param_groups[g])) for p, g in (members[i] for i in order)]
         group = torch.tensor(rows, dtype=torch.int64, device=self._device())
-        return Plan(params, order, buckets, group, order == list(range(len(members))))
+        return Plan(members, order, buckets, group)
 
     def _dtype(self) -> torch.dtype:
         """The type of the first parameter: a model that is converted as a whole is told by it."""
@@ -241,12 +243,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             group["average_clock"] += 1
             group["average_weight"] = weight
 
+    def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """``grad_scale`` and ``found_inf``, which torch.amp.GradScaler sets around its step and removes after it."""
+        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+
     def _scaled_mix(self, c: tuple[Tensor | float, Tensor | float] | None, skip: Tensor | None) -> Tensor:
         """``[c1, c2, skip]``, unscaled and stopped as torch.amp.GradScaler asks."""
         device = self._device()
-        scale, found = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        scale, found = self._scaling()
         if scale is None and found is None and c is None and skip is None:
-            if getattr(self, "_plain_mix", None) is None or self._plain_mix.device != device:
+            if self._plain_mix is None or self._plain_mix.device != device:
                 self._plain_mix = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, device=device)
             return self._plain_mix
         mix = torch.zeros(3, dtype=torch.float64, device=device)
@@ -358,32 +364,32 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         self._check_state(state_dict)
         super().load_state_dict(state_dict)
-        saved = state_dict["state"]
-        numbers = (n for group in state_dict["param_groups"] for n in group["params"])
-        for number, (p, _) in zip(numbers, [(p, 0) for p in self._all()], strict=True):
-            for name, value in saved.get(number, {}).items():
-                # torch casts states to the parameter's type, which loses bits where that has 16.
-                if isinstance(value, Tensor) and name != "step":
-                    self.state[p][name] = value.detach().to(_tensors.local(p).device, copy=True)
+        for _, p, name, value in self._saved_states(state_dict):
+            # torch casts states to the parameter's type, which loses bits where that has 16.
+            self.state[p][name] = value.detach().to(_tensors.local(p).device, copy=True)
         self._forget_plans()
+
+    def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, Tensor, str, Tensor]]:
+        """Number, parameter, name and value of every state but the counts of steps."""
+        numbers = (n for group in state_dict["param_groups"] for n in group["params"])
+        for number, p in zip(numbers, self._all(), strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and name != "step":
+                    yield number, p, name, value
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         sizes = [len(group["params"]) for group in state_dict["param_groups"]]
         own = [len(group["params"]) for group in self.param_groups]
         if sizes != own:
             raise ValueError(f"{self._name}.load_state_dict: groups must hold {own} parameters, got {sizes}")
-        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
-        for number, p in zip(numbers, self._all(), strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if not isinstance(value, Tensor) or name == "step":
-                    continue
-                if not _tensors.fits(value, p):
-                    sharded = _tensors.is_dtensor(p) or _tensors.is_dtensor(value)
-                    hint = "; torch.distributed.checkpoint reshards" if sharded else ""
-                    raise ValueError(
-                        f"{self._name}.load_state_dict: {name} of parameter {number} must be {_tensors.described(p)},"
-                        f" got {_tensors.described(value)}{hint}"
-                    )
+        for number, p, name, value in self._saved_states(state_dict):
+            if not _tensors.fits(value, p):
+                sharded = _tensors.is_dtensor(p) or _tensors.is_dtensor(value)
+                hint = "; torch.distributed.checkpoint reshards" if sharded else ""
+                raise ValueError(
+                    f"{self._name}.load_state_dict: {name} of parameter {number} must be {_tensors.described(p)},"
+                    f" got {_tensors.described(value)}{hint}"
+                )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

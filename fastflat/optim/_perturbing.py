@@ -19,7 +19,6 @@ from fastflat.optim._passes import Randomness
 from fastflat.optim._plans import Bucket, Plan, Weights
 
 MASTER = "master"
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 class PerturbingOptimizer(FusedOptimizer):
@@ -40,19 +39,13 @@ class PerturbingOptimizer(FusedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._refuse_perturbed("add_param_group")
-        for name in ("rho", "eta"):
-            value = param_group.get(name, self.defaults.get(name, 0.0))
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"{self._name}: {name} must be a finite number of at least 0, got {value!r}")
         super().add_param_group(param_group)
         if self._base is not None:
             for name, value in self._base.defaults.items():
                 self.param_groups[-1].setdefault(name, value)
-        if hasattr(self, "_ready"):
-            self._check_storage()
 
-    def _check_storage(self) -> None:
-        self._ready = True
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
         if self._rounding == "stochastic" and any(_tensors.local(p).dtype == torch.float16 for p in self._all()):
             raise ValueError(f"{self._name}: rounding 'stochastic' must have bfloat16 parameters, got float16")
         if self._storage != "swap":
@@ -104,7 +97,7 @@ class PerturbingOptimizer(FusedOptimizer):
     # Masters ---------------------------------------------------------------------------------------------------------
 
     def _has_master(self, p: Tensor) -> bool:
-        return self._storage == MASTER and _tensors.local(p).dtype in _HALVES
+        return self._storage == MASTER and _tensors.local(p).dtype in _tensors.HALVES
 
     def _master(self, p: Tensor) -> Tensor:
         """The fp32 weights of a parameter in 16 bits; taken anew where somebody else wrote the parameter."""
@@ -124,10 +117,6 @@ class PerturbingOptimizer(FusedOptimizer):
         """The versions of parameters after our own writes."""
         for p in self._seen:
             self._seen[p] = p._version
-
-    @property
-    def _seen(self) -> dict[Tensor, int]:
-        return self.__dict__.setdefault("_versions", {})
 
     def _state_of(self, p: Tensor, number: int, group: dict[str, Any], slots: tuple[str, ...]) -> dict[str, Any]:
         # A base of torch keeps its own state, and takes one that is not empty for begun.
@@ -156,6 +145,12 @@ class PerturbingOptimizer(FusedOptimizer):
             plan = AscentPlan(members, chosen, self._stored[1], self._has_master)
             self._ascents[has, perturbed] = plan
         return plan
+
+    def _end_pass(self, zero_grad: bool) -> None:
+        """The gradients of a pass go now, or by a zero_grad before the next."""
+        self._may_zero = not zero_grad
+        if zero_grad:
+            FusedOptimizer.zero_grad(self)
 
     def _check_radii(self) -> None:
         for group in self.param_groups:
@@ -231,7 +226,7 @@ class PerturbingOptimizer(FusedOptimizer):
 
     def _overflow(self) -> Tensor | None:
         """Whether the first pass overflowed, on any rank; under GradScaler only."""
-        if getattr(self, "grad_scale", None) is None and getattr(self, "found_inf", None) is None:
+        if all(of is None for of in self._scaling()):
             return None
         distributed = torch.distributed
         if self._flag is not None and distributed.is_available() and distributed.is_initialized():
@@ -276,7 +271,7 @@ class PerturbingOptimizer(FusedOptimizer):
         if firsts is not None:
             for g, f in zip(grads, firsts, strict=True):
                 g.mul_(torch.as_tensor(c[1]).to(g.dtype)).add_(f * torch.as_tensor(c[0]).to(g.dtype))
-        scale, found = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        scale, found = self._scaling()
         if scale is None and found is None:
             self._base.step()
             return

@@ -14,29 +14,40 @@ from fastflat.optim import _tensors
 class Bucket:
     """Neighbouring parameters of a plan that one call of a kernel takes: the same states, places and copies."""
 
-    def __init__(self, form: tuple, first: int, members: list[int]):
-        self.form, self.members = form, members
-        self.rows = slice(first, first + len(members))
+    def __init__(self, form: tuple, first: int, count: int):
+        self.form = form
+        self.rows = slice(first, first + count)
         self.states: list[list[Tensor]] = []
         self.averages: list[Tensor] = []
         self.weights: tuple[object, Weights] | None = None  # those of an ascent, which is the first
 
 
-class Plan:
-    """What stays the same while the same parameters have gradients: their order, states and tables."""
+class Ordered:
+    """Parameters in an order, out of all that an optimizer has: ``order`` holds their numbers."""
 
-    def __init__(self, params: list[Tensor], order: list[int], buckets: list[Bucket], group: Tensor, whole: bool):
-        self.params, self.order, self.buckets, self.group = (params, order, buckets, group)
-        self.index = None if whole else torch.tensor(order, dtype=torch.int64, device=group.device)
-        self.sharded = any(_tensors.is_dtensor(p) for p in params)
-        self.held = [] if self.sharded else [_tensors.Held(params)]
-        for b in buckets:
-            self.held += [_tensors.Held(tensors) for tensors in (*b.states, b.averages)]
+    def __init__(self, members: list[tuple[Tensor, int]], order: list[int]):
+        self.order = order
+        self.whole = order == list(range(len(members)))
+        self.params = [members[i][0] for i in order]
+        self.groups = [members[i][1] for i in order]
+        self.sharded = any(_tensors.is_dtensor(p) for p in self.params)
+        self.held = [] if self.sharded else [_tensors.Held(self.params)]
 
     def take(self, of_all: list) -> list[Tensor]:
-        """The plan's tensors out of a list with one for each parameter of the optimizer."""
-        chosen = of_all if self.index is None else [of_all[i] for i in self.order]
+        """These tensors out of a list with one for each parameter of the optimizer."""
+        chosen = of_all if self.whole else [of_all[i] for i in self.order]
         return [_tensors.local(t) for t in chosen] if self.sharded else chosen
+
+
+class Plan(Ordered):
+    """What stays the same while the same parameters have gradients: their buckets, and the row of numbers of each."""
+
+    def __init__(self, members: list[tuple[Tensor, int]], order: list[int], buckets: list[Bucket], group: Tensor):
+        super().__init__(members, order)
+        self.buckets, self.group = buckets, group
+        self.index = None if self.whole else torch.tensor(order, dtype=torch.int64, device=group.device)
+        for b in buckets:
+            self.held += [_tensors.Held(tensors) for tensors in (*b.states, b.averages)]
 
 
 @dataclasses.dataclass

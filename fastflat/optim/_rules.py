@@ -59,10 +59,11 @@ class Rule:
 
     def check(self, op: str, group: Group) -> None:
         """One clear line for an option out of its range."""
-        for name, value in group.items():
-            if name in ("params", "betas") or isinstance(value, (Tensor, bool, str)) or value is None:
+        for name in _AT_LEAST_ZERO:
+            value = group.get(name, 0.0)
+            if name not in _OF_ASCENT and (value is None or isinstance(value, (Tensor, bool, str))):
                 continue
-            if name in _AT_LEAST_ZERO and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{op}: {name} must be a finite number of at least 0, got {value!r}")
         for name in ("momentum", "dampening"):
             if name in group and not 0 <= group[name] <= 1:
@@ -77,8 +78,9 @@ class Rule:
             raise ValueError(f"{op}: lr must be a number or a tensor of one value, got shape {list(lr.shape)}")
 
 
+_OF_ASCENT = ("rho", "eta")
 _AT_LEAST_ZERO = (
-    "lr", "weight_decay", "eps", "momentum", "dampening", "partial", "trust_coefficient", "rho", "eta", "norm_eps",
+    "lr", "weight_decay", "eps", "momentum", "dampening", "partial", "trust_coefficient", *_OF_ASCENT,
 )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastflat._ops.sharpness import ALIGNMENT
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, *HALVES)
 
 
 def is_dtensor(t: Tensor) -> bool:

@@ -111,12 +111,12 @@ class SAM(PerturbingOptimizer):
         self._base: torch.optim.Optimizer | None = None
         self._start_over()
         self._warned: set[str] = set()
+        self._seen: dict[Tensor, int] = {}
         self._left: list[tuple[int, int]] | None = None
         averaging = {
             "average": average, "ema_decay": ema_decay, "average_every": average_every, "average_start": average_start,
         }  # fmt: skip
         own = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        params = [_scales_stay(g) for g in params] if not isinstance(params, (list, tuple)) else params
         params = [_scales_stay(g) for g in params]
         if isinstance(rule, Rule):
             super().__init__(params, rule, **averaging, **options, **own)
@@ -128,7 +128,6 @@ class SAM(PerturbingOptimizer):
             self.param_groups, self.state = self._base.param_groups, self._base.state
             self.defaults.update(self._base.defaults)
             self._forget_plans()
-        self._check_storage()
 
     # First pass ------------------------------------------------------------------------------------------------------
 
@@ -154,9 +153,8 @@ class SAM(PerturbingOptimizer):
         state = self._draws()
         if plan.params:
             self._rise(plan, plan.take(grads), state)
-        self._between, self._may_zero = True, not zero_grad
-        if zero_grad:
-            super().zero_grad()
+        self._between = True
+        self._end_pass(zero_grad)
 
     # Second pass -----------------------------------------------------------------------------------------------------
 

@@ -26,9 +26,7 @@ class _Mixed(SAM):
             for p, _ in self._of_groups()
             if p.grad is not None
         }
-        self._may_zero = not zero_grad
-        if zero_grad:
-            torch.optim.Optimizer.zero_grad(self)
+        self._end_pass(zero_grad)
 
     def accumulate(self) -> None:
         raise RuntimeError(
@@ -104,7 +102,7 @@ class GNP(_Mixed):
             _, _, ff = self._products(plan, grads, firsts)
             norm = ff.sqrt()
             c1 = torch.where(norm > 0, (1.0 - self.alpha) / norm, torch.zeros_like(norm))
-            scale = getattr(self, "grad_scale", None)
+            scale, _ = self._scaling()
             if scale is not None:  # g1/|g1| has no scale to take away
                 c1 = c1 * scale.to(c1.device, c1.dtype)
         return (c1, self.alpha), firsts
@@ -156,7 +154,8 @@ class HERO(_Mixed):
         if not self._between or self._k is not None:
             raise RuntimeError(f"{self._name}.middle_step: first_step() and a second backward() must come before it")
         seconds = {p: p.grad.clone() for p, _ in self._of_groups() if p.grad is not None}
-        chosen = [p for p in seconds if p.dim() > 1 and p in self._firsts and self._is_perturbed(p)]
+        perturbed = set(self._ascent.params) if self._ascent is not None else ()
+        chosen = [p for p in seconds if p.dim() > 1 and p in self._firsts and p in perturbed]
         if not chosen:
             raise RuntimeError(f"{self._name}.middle_step: no perturbed tensor of two axes or more has both gradients")
         own = [_tensors.local(seconds[p]) for p in chosen]
@@ -164,7 +163,7 @@ class HERO(_Mixed):
         torch._foreach_mul_(change, [2.0 * self.strength / p.numel() for p in chosen])
         kernels = backends.kernels(self._device().type)
         radius = torch.full((len(chosen),), self.fd_radius, dtype=torch.float64, device=self._device())
-        scaled = getattr(self, "grad_scale", None)
+        scaled, _ = self._scaling()
         with torch._C._AutoDispatchBelowAutograd():
             sums = kernels.sharpness_sums(change, [], [SUM_GRADIENT], 0.0)
             if any(map(_tensors.is_dtensor, chosen)):
@@ -178,12 +177,7 @@ class HERO(_Mixed):
         if scaled is not None:
             self._k = self._k / scaled.to(self._k.device, self._k.dtype)
         self._firsts = seconds
-        self._may_zero = not zero_grad
-        if zero_grad:
-            torch.optim.Optimizer.zero_grad(self)
-
-    def _is_perturbed(self, p: Tensor) -> bool:
-        return self._ascent is not None and any(p is q for q in self._ascent.params)
+        self._end_pass(zero_grad)
 
     def second_step(self, zero_grad: bool = False) -> None:
         if self.strength and self._between and self._k is None:
@@ -285,9 +279,7 @@ class SAQ(SAM):
             self._outputs.clear()
         if self.case == 3:
             self._move_behind(list(at_codes))
-        self._may_zero = not zero_grad
-        if zero_grad:
-            torch.optim.Optimizer.zero_grad(self)
+        self._end_pass(zero_grad)
         return None
 
     @torch.no_grad()
