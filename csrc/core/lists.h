@@ -27,8 +27,6 @@ inline Storage storage_of_code(const char* op, const char* name, int32_t code) {
   STD_TORCH_CHECK(false, "fastflat::", op, ": ", name, " must be float32, bfloat16, float16 or float64");
 }
 
-inline int64_t storage_bytes(Storage s) { return s == f64 ? 8 : s == f32 ? 4 : 2; }
-
 // What there is to know about a tensor; valid while it lives. A list of a thousand asks for it thousands of times a
 // step, hence the C functions underneath torch::stable::Tensor.
 struct View {

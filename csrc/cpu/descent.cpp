@@ -2,31 +2,19 @@
 // The steps of the optimizers over a list of tensors.
 #include "cpu/descent.h"
 
+#include "core/list_checks.h"
 #include "cpu/multi.h"
 #include "math/descent.h"
 
 namespace fastflat::cpu {
 namespace {
 
-const double* numbers(const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); }
-
 Tensor descent_rows_(const Tensor& hyper, const Tensor& group, const Tensor& steps, const Tensor& mix,
                      const std::optional<Tensor>& of_gradients, const std::optional<Tensor>& of_weights, int64_t rule) {
   constexpr auto op = "descent_rows_";
   const int64_t count = group.numel();
-  STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == hyper::columns, "fastflat::", op, ": hyper must have shape [G, ",
-                  static_cast<int>(hyper::columns), "]");
-  check_numbers(op, "hyper", hyper, hyper.numel(), hyper);
-  check_numbers(op, "steps", steps, count, hyper);
-  check_numbers(op, "mix", mix, 3, hyper);
-  STD_TORCH_CHECK(group.scalar_type() == ScalarType::Long && group.is_contiguous(), "fastflat::", op,
-                  ": group must be contiguous int64");
-  STD_TORCH_CHECK(rule >= rule_sgd && rule <= rule_lamb, "fastflat::", op, ": rule must lie in [0, 4], got ", rule);
-  if (rule == rule_lars) {
-    STD_TORCH_CHECK(of_gradients && of_weights, "fastflat::", op, ": lars must have the sums of gradients and weights");
-    check_numbers(op, "of_gradients", *of_gradients, 3 * count, hyper);
-    check_numbers(op, "of_weights", *of_weights, 3 * count, hyper);
-  }
+  check_rows_arguments(op, hyper, group, steps, mix, of_gradients, of_weights, rule);
+  const bool lars = rule == rule_lars;
   const int64_t* groups = static_cast<const int64_t*>(group.const_data_ptr());
   for (int64_t t = 0; t < count; ++t) {
     STD_TORCH_CHECK(groups[t] >= 0 && groups[t] < hyper.size(0), "fastflat::", op, ": group must lie in [0, ",
@@ -40,7 +28,6 @@ Tensor descent_rows_(const Tensor& hyper, const Tensor& group, const Tensor& ste
   const double none[3] = {};
   for (int64_t t = 0; t < count; ++t) {
     if (!skip) step[t] += 1.0;
-    const bool lars = rule == rule_lars;
     fill_row(to + t * row::columns, numbers(hyper) + groups[t] * hyper::columns, step[t], c1, c2, skip,
              lars ? numbers(*of_gradients) + 3 * t : none, lars ? numbers(*of_weights)[3 * t] : 0.0, rule);
   }

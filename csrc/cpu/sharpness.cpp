@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/list_checks.h"
 #include "cpu/multi.h"
 #include "math/sharpness.h"
 
@@ -35,13 +36,11 @@ Tensor sharpness_sums(const Tensors& gs, const Tensors& others, const Integers& 
 
 Tensor sharpness_scale(const Tensor& sums, const Tensor& rho, double eps, bool linf) {
   constexpr auto op = "sharpness_scale";
-  STD_TORCH_CHECK(sums.dim() == 2 && sums.size(1) == 3, "fastflat::", op, ": sums must have shape [T, 3]");
-  check_numbers(op, "sums", sums, sums.numel(), sums);
-  check_numbers(op, "rho", rho, rho.numel(), sums);
+  check_scale_arguments(op, sums, rho);
   const int64_t count = rho.numel();
   Tensor result = empty_dense(sums, {count + 2}, ScalarType::Double);
-  const double* from = static_cast<const double*>(sums.const_data_ptr());
-  const double* radius = static_cast<const double*>(rho.const_data_ptr());
+  const double* from = numbers(sums);
+  const double* radius = numbers(rho);
   double* to = static_cast<double*>(result.mutable_data_ptr());
   double total = 0.0;
   for (int64_t t = 0; t < sums.size(0); ++t) total += from[3 * t];
@@ -56,12 +55,8 @@ void sharpness_ascent_(const Tensors& ws, const Tensors& gs, const Tensors& outs
                        const std::optional<Tensor>& state) {
   constexpr auto op = "sharpness_ascent_";
   const bool into = !outs.empty();
-  const int64_t count = static_cast<int64_t>(ws.size());
-  STD_TORCH_CHECK(!into || !backup, "fastflat::", op, ": outs and backup must not both be given");
-  check_numbers(op, "scale", scale, scale.numel(), scale);
-  STD_TORCH_CHECK(scale.numel() >= count, "fastflat::", op, ": scale must have at least ", count, " values, got ",
-                  scale.numel());
-  const double* scales = static_cast<const double*>(scale.const_data_ptr());
+  check_ascent_arguments(op, ws, into, backup.has_value(), scale);
+  const double* scales = numbers(scale);
   Lists lists(op, "ws", ws, !into);
   const auto places = lists.places(backup, at, true);
   const bool beyond = lists.beyond();

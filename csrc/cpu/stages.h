@@ -16,8 +16,6 @@ struct alignas(64) StageBuffer {
 template <class C>
 inline constexpr Storage own_storage = sizeof(C) == 8 ? f64 : f32;
 
-inline int64_t storage_size(Storage s) { return s == f64 ? 8 : s == f32 ? 4 : 2; }
-
 template <class S>
 FASTFLAT_SHARED_CODE inline void widen(const S* __restrict from, int64_t n, float* __restrict to) {
   for (int64_t i = 0; i < n; ++i) to[i] = load(from[i]);
@@ -71,7 +69,7 @@ inline void settle() {
 }
 
 inline void copy_bytes(const Stream& to, int64_t at, const void* from, int64_t n) {
-  const int64_t size = storage_size(to.storage);
+  const int64_t size = storage_bytes(to.storage);
   char* place = static_cast<char*>(to.data) + at * size;
   if (to.bypass) return copy_past_caches(place, from, n * size);
   if (place != from) std::memmove(place, from, n * size);
@@ -117,7 +115,7 @@ FASTFLAT_SHARED_CODE inline void deliver(const Stream& s, int64_t at, int64_t n,
 template <class C>
 FASTFLAT_SHARED_CODE inline void convert(const Stream& from, const Stream& to, int64_t at, int64_t n) {
   if (from.storage == to.storage) {
-    return copy_bytes(to, at, static_cast<const char*>(from.data) + at * storage_size(from.storage), n);
+    return copy_bytes(to, at, static_cast<const char*>(from.data) + at * storage_bytes(from.storage), n);
   }
   StageBuffer<C> buffer;
   deliver(to, at, n, fetch(from, at, n, buffer));

@@ -2,35 +2,20 @@
 // The steps of the optimizers over a list of tensors.
 #include "cuda/descent.h"
 
-#include "core/lists.h"
+#include "core/list_checks.h"
 #include "cuda/device.h"
 #include "math/descent.h"
 
 namespace fastflat::cuda {
 namespace {
 
-const double* numbers(const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); }
-
 // Values of `group` are device memory: nothing here can look at them.
 Tensor descent_rows_(const Tensor& hyper, const Tensor& group, const Tensor& steps, const Tensor& mix,
                      const std::optional<Tensor>& of_gradients, const std::optional<Tensor>& of_weights, int64_t rule) {
   constexpr auto op = "descent_rows_";
   const int64_t count = group.numel();
-  STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == hyper::columns, "fastflat::", op, ": hyper must have shape [G, ",
-                  static_cast<int>(hyper::columns), "]");
-  check_numbers(op, "hyper", hyper, hyper.numel(), hyper);
-  check_numbers(op, "steps", steps, count, hyper);
-  check_numbers(op, "mix", mix, 3, hyper);
-  STD_TORCH_CHECK(group.scalar_type() == ScalarType::Long && group.is_contiguous(), "fastflat::", op,
-                  ": group must be contiguous int64");
-  STD_TORCH_CHECK(group.device() == hyper.device(), "fastflat::", op, ": group must be on the device of hyper");
-  STD_TORCH_CHECK(rule >= rule_sgd && rule <= rule_lamb, "fastflat::", op, ": rule must lie in [0, 4], got ", rule);
+  check_rows_arguments(op, hyper, group, steps, mix, of_gradients, of_weights, rule);
   const bool lars = rule == rule_lars;
-  if (lars) {
-    STD_TORCH_CHECK(of_gradients && of_weights, "fastflat::", op, ": lars must have the sums of gradients and weights");
-    check_numbers(op, "of_gradients", *of_gradients, 3 * count, hyper);
-    check_numbers(op, "of_weights", *of_weights, 3 * count, hyper);
-  }
   const OnDevice device(hyper);
   Tensor rows = empty_dense(hyper, {count, row::columns}, ScalarType::Double);
   const RowSources from{numbers(hyper),

@@ -101,14 +101,12 @@ __global__ void __launch_bounds__(kBlock)
   for (int k = 0; k < K; ++k) result[K * static_cast<int64_t>(blockIdx.x) + k] = sums.v[k];
 }
 
-inline int bytes_of(Storage storage) { return storage == f64 ? 8 : storage == f32 ? 4 : 2; }
-
 // A bit for each stream whose packs lie on 16 bytes when it is moved back by `head` elements.
 template <int streams>
 unsigned wide_streams(const ListTensor<streams>& t, int head) {
   unsigned wide = 0;
   for (int s = 0; s < streams; ++s) {
-    if (!t.at[s] || (address(t.at[s]) - head * bytes_of(t.storage[s])) % kAccess == 0) wide |= 1u << s;
+    if (!t.at[s] || (address(t.at[s]) - head * storage_bytes(t.storage[s])) % kAccess == 0) wide |= 1u << s;
   }
   return wide;
 }
@@ -169,7 +167,7 @@ cudaError_t launch_list(Kernel kernel, const List<F::streams>& list, const std::
     table.option[slot] = static_cast<uint8_t>(t.option);
     for (int s = 0; s < F::streams; ++s) {
       table.storage[slot] |= static_cast<uint32_t>(t.storage[s]) << (2 * s);
-      const uintptr_t moved = t.at[s] ? address(t.at[s]) - head * bytes_of(t.storage[s]) : 0;
+      const uintptr_t moved = t.at[s] ? address(t.at[s]) - head * storage_bytes(t.storage[s]) : 0;
       table.at[s][slot] = reinterpret_cast<void*>(moved);
     }
     blocks += chunks;

@@ -2,7 +2,7 @@
 // Norms and the ascent over a list of tensors.
 #include "cuda/sharpness.h"
 
-#include "core/lists.h"
+#include "core/list_checks.h"
 #include "cuda/device.h"
 #include "math/sharpness.h"
 
@@ -40,13 +40,10 @@ Tensor sharpness_sums(const Tensors& gs, const Tensors& others, const Integers& 
 
 Tensor sharpness_scale(const Tensor& sums, const Tensor& rho, double eps, bool linf) {
   constexpr auto op = "sharpness_scale";
-  STD_TORCH_CHECK(sums.dim() == 2 && sums.size(1) == 3, "fastflat::", op, ": sums must have shape [T, 3]");
-  check_numbers(op, "sums", sums, sums.numel(), sums);
-  check_numbers(op, "rho", rho, rho.numel(), sums);
+  check_scale_arguments(op, sums, rho);
   const OnDevice device(sums);
   Tensor result = empty_dense(sums, {rho.numel() + 2}, ScalarType::Double);
-  check_launch(op, launch_sharpness_scale(static_cast<const double*>(sums.const_data_ptr()), sums.size(0),
-                                          static_cast<const double*>(rho.const_data_ptr()), rho.numel(), eps, linf,
+  check_launch(op, launch_sharpness_scale(numbers(sums), sums.size(0), numbers(rho), rho.numel(), eps, linf,
                                           static_cast<double*>(result.mutable_data_ptr()), device.stream));
   return result;
 }
@@ -56,11 +53,7 @@ void sharpness_ascent_(const Tensors& ws, const Tensors& gs, const Tensors& outs
                        const std::optional<Tensor>& state) {
   constexpr auto op = "sharpness_ascent_";
   const bool into = !outs.empty();
-  const int64_t count = static_cast<int64_t>(ws.size());
-  STD_TORCH_CHECK(!into || !backup, "fastflat::", op, ": outs and backup must not both be given");
-  check_numbers(op, "scale", scale, scale.numel(), ws.empty() ? scale : ws[0]);
-  STD_TORCH_CHECK(scale.numel() >= count, "fastflat::", op, ": scale must have at least ", count, " values, got ",
-                  scale.numel());
+  check_ascent_arguments(op, ws, into, backup.has_value(), scale);
   TensorLists lists(op, "ws", ws, !into);
   const auto places = lists.places(backup, at, true);
   std::vector<AscentTensor> list(ws.size());
@@ -78,8 +71,7 @@ void sharpness_ascent_(const Tensors& ws, const Tensors& gs, const Tensors& outs
   const int64_t* random = lists.draw(state, [&](size_t t, int64_t first) { list[t].first = first; });
   if (ws.empty()) return;
   const OnDevice device(ws[0]);
-  check_launch(op, launch_sharpness_ascent(list, static_cast<const double*>(scale.const_data_ptr()), eta, random,
-                                           device.stream));
+  check_launch(op, launch_sharpness_ascent(list, numbers(scale), eta, random, device.stream));
   lists.finish();
 }
 
