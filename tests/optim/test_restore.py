@@ -47,24 +47,66 @@ def give_gradients(params, seed, without=()):
         p.grad = None if i in without else torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype)
 
 
+FORMS = ({}, {"adaptive": True, "eta": 0.01}, {"metric": "linf"})
+
+
+def undone(opt, params, way, seed):
+    """An ascent that something ends: the ways a step can come to nothing. Whether the weights had moved."""
+    before, moved = raw(params), []
+
+    def closure():
+        if opt.is_perturbed:
+            moved.append(not problems.same(raw(params), before))
+            raise ArithmeticError
+        opt.zero_grad()
+        give_gradients(params, seed)
+        return torch.zeros(())
+
+    if way == "closure":
+        with pytest.raises(ArithmeticError):
+            opt.step(closure)
+        return moved == [True]
+    give_gradients(params, seed, without=(seed % 5,))
+    if way == "perturbed":
+        with opt.perturbed():
+            return not problems.same(raw(params), before)
+    opt.first_step(zero_grad=True)
+    moved = not problems.same(raw(params), before)
+    if way == "restore":
+        opt.restore()
+    elif way == "next":
+        # The second backward ran, its step was forgotten.
+        give_gradients(params, seed + 1)
+        opt.zero_grad()
+    elif way == "none":
+        opt.second_step()
+    else:
+        give_gradients(params, seed + 1)
+        params[3].grad[0, 0] = math.inf
+        opt.found_inf = torch.tensor(1.0)
+        opt.step()
+        del opt.found_inf
+    opt.zero_grad()
+    return moved
+
+
 @pytest.mark.parametrize(("storage", "dtype"), STORED)
-@pytest.mark.parametrize("form", [{}, {"adaptive": True, "eta": 0.01}, {"metric": "linf"}], ids=str)
-def test_restore_is_exact_in_a_thousand_ascents(storage, dtype, form):
-    params = awkward(dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        opt = optim.SAM(params, lr=0.1, rho=3.0, storage=storage, **form)
-        before = raw(params)
-        addresses = [p.data_ptr() for p in params]
-        moved = 0
-        for seed in range(1000 // (4 * len(STORED)) + 10):
-            give_gradients(params, seed, without=(seed % 5,))
-            opt.first_step(zero_grad=True)
-            moved += not problems.same(raw(params), before)
-            opt.restore()
-            assert problems.same(raw(params), before)
-            assert [p.data_ptr() for p in params] == addresses
-    assert moved > 10
+def test_restore_is_exact_in_a_thousand_ascents(storage, dtype):
+    ways = ("restore", "next", "none", "skipped", "closure", "perturbed")
+    moved = 0
+    for number, form in enumerate(FORMS):
+        # The large one is for threads and units: few ascents of it do.
+        for large, count in ((True, 12), (False, 330)):
+            params = awkward(dtype)[: None if large else -1]
+            opt = optim.SAM(params, lr=0.1, rho=3.0, momentum=0.9, storage=storage, **form)
+            before, addresses = raw(params), [p.data_ptr() for p in params]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for seed in range(count):
+                    moved += undone(opt, params, ways[seed % len(ways)], 1000 * number + seed)
+                    assert problems.same(raw(params), before)
+                    assert [p.data_ptr() for p in params] == addresses
+    assert moved > 900
 
 
 @pytest.mark.parametrize(("storage", "dtype"), STORED)
