@@ -13,7 +13,6 @@ import torch
 
 import fastflat as ff
 from fastflat.backends import backend, kernels, reference, unavailable
-from fastflat.backends.reference import layout
 
 from . import comparison as common
 from .test_fake_quantize import DTYPES, EPS, LAYOUTS, arguments, assert_close_sums
