@@ -5,8 +5,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
+import mmap
 import os
 import sys
+from collections.abc import Callable
+
+from torch import Tensor
 
 # Parameters of glibc's mallopt (malloc.h).
 _M_TRIM_THRESHOLD = -1
@@ -66,6 +71,32 @@ def tune_host_memory(limit: int = 1 << 30) -> HostMemory:
         _done.clear()
         _done[limit] = result
     return _done[limit]
+
+
+#: Bytes from which a tensor is given huge pages: two of them on x86.
+_LARGE = 4 << 20
+
+
+def in_huge_pages(t: Tensor) -> Tensor:
+    """`t`, whose memory Linux is asked to hold in huge pages where it has not been written yet (``MADV_HUGEPAGE``).
+
+    A pass over several large tensors misses the address cache once per page; pages of 2 MiB make it a fifth faster. The
+    answer is advice: nothing happens to small tensors, on other systems and devices, or where the kernel's setting
+    ``transparent_hugepage`` is ``never``.
+    """
+    if t.device.type == "cpu" and t.numel() * t.element_size() >= _LARGE and (madvise := _madvise()) is not None:
+        begin = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        madvise(begin, t.data_ptr() + t.numel() * t.element_size() - begin, mmap.MADV_HUGEPAGE)
+    return t
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes, madvise.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return madvise
 
 
 def _obstacle() -> str | None:

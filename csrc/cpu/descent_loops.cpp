@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #if defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 #include "cpu/descent.h"
@@ -39,7 +39,19 @@ struct Stage {
 
   C* state(const Stream& s) const { return static_cast<C*>(s.data) + at; }
   const C* weights() const { return fetch(call.source, at, n, buffers.w); }
-  C* result() const { return target(call.w, at, buffers.to); }
+
+  // The new weights, value(i), to their place or to the buffer that finish() delivers.
+  template <class Value>
+  C* write(const Value& value) const {
+    if (streamed<C>(call.w) && !call.a && !call.out) {
+      stream_values(state(call.w), n, value);
+      return nullptr;
+    }
+    C* to = target(call.w, at, buffers.to);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) to[i] = value(i);
+    return to;
+  }
 
   // The mixed gradient, of which the functor then takes once itself: c2 = 1 changes no bit of it.
   const C* gradient(Update<C>& common) const {
@@ -52,8 +64,9 @@ struct Stage {
     return mixed;
   }
 
-  // What follows the new weights `to`: their average, and their way to memory.
+  // What follows the new weights `to`, null where they are written: their average, and their way to memory.
   void finish(const Update<C>& common, const C* to) const {
+    if (!to) return;
     if (call.a && common.average != C(0)) {
       C* a = state(call.a);
       const Update<C> average = common;
@@ -96,16 +109,14 @@ void sgd(const DescentCall& call, int64_t begin, int64_t end) {
   walk<C>(call, begin, end, Sgd<C>::make(call.row, true), [](const Stage<C>& now, Sgd<C>& given) {
     const C* g = now.gradient(given.common);
     const C* w = now.weights();
-    C* to = now.result();
     const Sgd<C> functor = unmixed<C>(given, now.call);
-    const int64_t n = now.n;
+    C *m = now.state(now.call.m), *to;
     if (now.call.m) {
-      C* m = now.state(now.call.m);
-#pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i) to[i] = functor.with_momentum(w[i], g[i], C(0), m[i]);
+      to = now.write([=](int64_t i) __attribute__((always_inline)) {
+        return functor.with_momentum(w[i], g[i], C(0), m[i]);
+      });
     } else {
-#pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i) to[i] = functor.plain(w[i], g[i], C(0));
+      to = now.write([=](int64_t i) __attribute__((always_inline)) { return functor.plain(w[i], g[i], C(0)); });
     }
     now.finish(functor.common, to);
   });
@@ -113,12 +124,9 @@ void sgd(const DescentCall& call, int64_t begin, int64_t end) {
 
 // One loop a form: `largest` and `padam` are constants of it. Powers have a loop of their own, which vectorises.
 template <bool largest, bool padam, class C>
-inline void adam_stage(const Stage<C>& now, const Adam<C>& functor, const C* w, const C* g, C* to) {
+inline C* adam_stage(const Stage<C>& now, const Adam<C>& functor, const C* w, const C* g) {
   C *m = now.state(now.call.m), *v = now.state(now.call.v), *x = largest ? now.state(now.call.x) : v;
-  C* __restrict power = now.buffers.mixed.v;
-  const int64_t n = now.n;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
+  const auto moments = [=](int64_t i) __attribute__((always_inline)) {
     C mean = m[i], square = v[i];
     functor.moments(functor.common.direction(w[i], g[i], C(0)), mean, square);
     m[i] = mean;
@@ -128,12 +136,20 @@ inline void adam_stage(const Stage<C>& now, const Adam<C>& functor, const C* w, 
       most = larger(x[i], square);
       x[i] = most;
     }
-    if (!padam) to[i] = functor.adam(w[i], mean, most);
+    return most;
+  };
+  if (!padam) {
+    return now.write([=](int64_t i) __attribute__((always_inline)) {
+      const C most = moments(i);
+      return functor.adam(w[i], m[i], most);
+    });
   }
-  if (!padam) return;
-  for (int64_t i = 0; i < n; ++i) power[i] = functor.raised(x[i]);
+  C* __restrict power = now.buffers.mixed.v;
+  const int64_t n = now.n;
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) to[i] = functor.common.step(w[i], m[i] / power[i]);
+  for (int64_t i = 0; i < n; ++i) power[i] = moments(i);
+  for (int64_t i = 0; i < n; ++i) power[i] = functor.raised(power[i]);
+  return now.write([=](int64_t i) __attribute__((always_inline)) { return functor.common.step(w[i], m[i] / power[i]); });
 }
 
 template <class C>
@@ -141,13 +157,12 @@ void adam(const DescentCall& call, int64_t begin, int64_t end) {
   walk<C>(call, begin, end, Adam<C>::make(call.row, true), [](const Stage<C>& now, Adam<C>& given) {
     const C* g = now.gradient(given.common);
     const C* w = now.weights();
-    C* to = now.result();
     const Adam<C> functor = unmixed<C>(given, now.call);
+    C* to;
     if (now.call.x) {
-      now.call.padam ? adam_stage<true, true>(now, functor, w, g, to) : adam_stage<true, false>(now, functor, w, g, to);
+      to = now.call.padam ? adam_stage<true, true>(now, functor, w, g) : adam_stage<true, false>(now, functor, w, g);
     } else {
-      now.call.padam ? adam_stage<false, true>(now, functor, w, g, to)
-                     : adam_stage<false, false>(now, functor, w, g, to);
+      to = now.call.padam ? adam_stage<false, true>(now, functor, w, g) : adam_stage<false, false>(now, functor, w, g);
     }
     now.finish(functor.common, to);
   });
@@ -192,11 +207,11 @@ void lamb(const DescentCall& call, int64_t begin, int64_t end) {
   functor.common.rate = static_cast<C>(call.rate);
   walk<C>(call, begin, end, functor, [](const Stage<C>& now, Adam<C>& given) {
     const C* w = now.weights();
-    C* to = now.result();
     const C *m = now.state(now.call.m), *v = now.state(now.call.v);
     const Adam<C> functor = given;
-#pragma GCC ivdep
-    for (int64_t i = 0; i < now.n; ++i) to[i] = functor.common.step(w[i], functor.lamb(w[i], m[i], v[i]));
+    const C* to = now.write([=](int64_t i) __attribute__((always_inline)) {
+      return functor.common.step(w[i], functor.lamb(w[i], m[i], v[i]));
+    });
     now.finish(functor.common, to);
   });
 }

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #if defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 #include "cpu/sharpness.h"
@@ -55,10 +55,29 @@ void sums(const SumsCall& call, int64_t begin, int64_t end, double* result) {
   result[2] = oo.total();
 }
 
+// Where a stage writes: the perturbed weights to `to`. Past the caches go, at `past`, those weights instead or, where it
+// `keeps`, the weights before.
 template <class C>
-inline void rise(const Ascent<C>& functor, const C* w, const C* g, C* to, int64_t n) {
+struct Targets {
+  C *to, *past;
+  bool keeps;
+};
+
+template <class C>
+inline void rise(const Ascent<C>& functor, const C* w, const C* g, const Targets<C>& targets, int64_t n) {
+  C* to = targets.to;
+  if (targets.keeps) {
+    stream_values(targets.past, n, [=](int64_t i) __attribute__((always_inline)) {
+      const C before = w[i];
+      to[i] = functor(before, g[i]);
+      return before;
+    });
+  } else if (targets.past) {
+    stream_values(targets.past, n, [=](int64_t i) __attribute__((always_inline)) { return functor(w[i], g[i]); });
+  } else {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) to[i] = functor(w[i], g[i]);
+    for (int64_t i = 0; i < n; ++i) to[i] = functor(w[i], g[i]);
+  }
 }
 
 template <class C>
@@ -66,21 +85,23 @@ void ascent(const AscentCall& call, int64_t begin, int64_t end) {
   StageBuffer<C> first, second, third;
   Ascent<C> functor{static_cast<C>(call.scale), static_cast<C>(call.eta), call.metric};
   const Stream& result = call.out ? call.out : call.w;
+  const bool keeps = call.backup && streamed<C>(call.backup), past = streamed<C>(result);
   for (int64_t at = begin; at < end; at += stage) {
     const int64_t n = std::min(stage, end - at);
-    if (call.backup) convert<C>(call.w, call.backup, at, n);
+    if (call.backup && !keeps) convert<C>(call.w, call.backup, at, n);
     const C* w = fetch(call.w, at, n, first);
     const C* g = fetch(call.g, at, n, second);
-    C* to = target(result, at, third);
+    Targets<C> targets{target(result, at, third), nullptr, keeps};
+    if (keeps || past) targets.past = static_cast<C*>((keeps ? call.backup : result).data) + at;
     // A constant metric makes a loop without its question.
     if (functor.metric == metric_l2) {
-      rise(Ascent<C>{functor.scale, functor.eta, metric_l2}, w, g, to, n);
+      rise(Ascent<C>{functor.scale, functor.eta, metric_l2}, w, g, targets, n);
     } else if (functor.metric == metric_scaled) {
-      rise(Ascent<C>{functor.scale, functor.eta, metric_scaled}, w, g, to, n);
+      rise(Ascent<C>{functor.scale, functor.eta, metric_scaled}, w, g, targets, n);
     } else {
-      rise(Ascent<C>{functor.scale, functor.eta, metric_linf}, w, g, to, n);
+      rise(Ascent<C>{functor.scale, functor.eta, metric_linf}, w, g, targets, n);
     }
-    deliver(result, at, n, to, call.draws);
+    if (!past) deliver(result, at, n, targets.to, call.draws);
   }
   settle();
 }

@@ -41,24 +41,69 @@ inline C* target(const Stream& s, int64_t at, StageBuffer<C>& buffer) {
   return s.storage == own_storage<C> && !s.bypass ? static_cast<C*>(s.data) + at : buffer.v;
 }
 
+// A line of 64 bytes past the caches, in the widest stores there are: `to` is aligned to their width.
+#if defined(FASTFLAT_ISA_AVX512)
+constexpr int64_t line_alignment = 64;
+inline void stream_line(char* to, const char* from) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
+#elif defined(FASTFLAT_ISA_AVX2)
+constexpr int64_t line_alignment = 32;
+inline void stream_line(char* to, const char* from) {
+  for (int k = 0; k < 64; k += 32) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + k), v);
+  }
+}
+#elif defined(__SSE2__)
+constexpr int64_t line_alignment = 16;
+inline void stream_line(char* to, const char* from) {
+  for (int k = 0; k < 64; k += 16) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + k), v);
+  }
+}
+#endif
+
 // memcpy past the caches.
 FASTFLAT_SHARED_CODE inline void copy_past_caches(void* to_, const void* from_, int64_t bytes) {
 #if defined(__SSE2__)
   char* to = static_cast<char*>(to_);
   const char* from = static_cast<const char*>(from_);
-  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 15);
+  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & (line_alignment - 1));
   std::memcpy(to, from, head);
   int64_t i = head;
-  for (; i + 64 <= bytes; i += 64) {
-    for (int k = 0; k < 4; ++k) {
-      const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i) + k);
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i) + k, v);
-    }
-  }
+  for (; i + 64 <= bytes; i += 64) stream_line(to + i, from + i);
   std::memcpy(to + i, from + i, bytes - i);
 #else
   std::memcpy(to_, from_, bytes);
 #endif
+}
+
+// to[i] = value(i), past the caches: a line at a time from registers.
+template <class C, class Value>
+inline void stream_values(C* to, int64_t n, const Value& value) {
+#if defined(__SSE2__)
+  constexpr int64_t line = 64 / sizeof(C);
+  const int64_t head = std::min<int64_t>(n, (-reinterpret_cast<intptr_t>(to) & 63) / sizeof(C));
+  int64_t i = 0;
+  for (; i < head; ++i) to[i] = value(i);
+  for (; i + line <= n; i += line) {
+    alignas(64) C values[line];
+#pragma GCC ivdep
+    for (int64_t k = 0; k < line; ++k) values[k] = value(i + k);
+    stream_line(reinterpret_cast<char*>(to + i), reinterpret_cast<const char*>(values));
+  }
+  for (; i < n; ++i) to[i] = value(i);
+#else
+  for (int64_t i = 0; i < n; ++i) to[i] = value(i);
+#endif
+}
+
+// Whether stream_values takes a stream: of the compute type, written past the caches.
+template <class C>
+inline bool streamed(const Stream& s) {
+  return s.bypass && s.storage == own_storage<C>;
 }
 
 // Makes what went past the caches visible to other threads.

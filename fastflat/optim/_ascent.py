@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from fastflat.memory import in_huge_pages
 from fastflat.optim import _tensors
 from fastflat.optim._plans import Ordered
 
@@ -32,12 +33,12 @@ class Storage:
         self.others: dict[Tensor, Tensor] = {}
         if kind != "swap" and own:
             at, size = _tensors.places([_tensors.local(p) for p in own])
-            self.backup = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+            self.backup = in_huge_pages(torch.empty(max(size, 1), dtype=torch.uint8, device=device))
             self.place = dict(zip(own, at, strict=True))
 
     def other(self, p: Tensor) -> Tensor:
         if p not in self.others:
-            self.others[p] = torch.empty_like(p, requires_grad=False)
+            self.others[p] = in_huge_pages(torch.empty_like(p, requires_grad=False))
         return self.others[p]
 
 

@@ -137,7 +137,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         dtype = compute_dtype(_tensors.local(p).dtype)
         for slot in slots:
             if slot not in state:
-                state[slot] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+                state[slot] = _tensors.zeros(p, dtype)
         if group["average"] and AVERAGE not in state:
             state[AVERAGE] = self._weights_of(p).detach().to(dtype, copy=True)
         return state

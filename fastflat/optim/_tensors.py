@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastflat._ops.sharpness import ALIGNMENT
+from fastflat.memory import in_huge_pages
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, *HALVES)
@@ -85,6 +86,13 @@ def check_gradients(op: str, grads: Iterable[Tensor]) -> None:
 def shares_memory(t: Tensor) -> bool:
     """Whether other tensors live in t's storage, as gradients in the buckets of DistributedDataParallel do."""
     return t.untyped_storage().nbytes() != t.numel() * t.element_size()
+
+
+def zeros(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """A state of p: its shape, strides and, of a DTensor, ranks."""
+    state = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    in_huge_pages(local(state))
+    return state.zero_()
 
 
 def places(ws: Sequence[Tensor]) -> tuple[list[int], int]:
