@@ -43,9 +43,11 @@ struct Stage {
   // The new weights, value(i), to their place or to the buffer that finish() delivers.
   template <class Value>
   C* write(const Value& value) const {
-    if (streamed<C>(call.w) && !call.a && !call.out) {
-      stream_values(state(call.w), n, value);
-      return nullptr;
+    if constexpr (sizeof(C) == 4) {
+      if (streamed<C>(call.w) && !call.a && !call.out) {
+        stream_values(state(call.w), n, value);
+        return nullptr;
+      }
     }
     C* to = target(call.w, at, buffers.to);
 #pragma GCC ivdep

@@ -66,18 +66,22 @@ struct Targets {
 template <class C>
 inline void rise(const Ascent<C>& functor, const C* w, const C* g, const Targets<C>& targets, int64_t n) {
   C* to = targets.to;
-  if (targets.keeps) {
-    stream_values(targets.past, n, [=](int64_t i) __attribute__((always_inline)) {
-      const C before = w[i];
-      to[i] = functor(before, g[i]);
-      return before;
-    });
-  } else if (targets.past) {
-    stream_values(targets.past, n, [=](int64_t i) __attribute__((always_inline)) { return functor(w[i], g[i]); });
-  } else {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) to[i] = functor(w[i], g[i]);
+  if constexpr (sizeof(C) == 4) {
+    if (targets.keeps) {
+      return stream_values(targets.past, n, [=](int64_t i) __attribute__((always_inline)) {
+        const C before = w[i];
+        to[i] = functor(before, g[i]);
+        return before;
+      });
+    }
+    if (targets.past) {
+      return stream_values(targets.past, n, [=](int64_t i) __attribute__((always_inline)) {
+        return functor(w[i], g[i]);
+      });
+    }
   }
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) to[i] = functor(w[i], g[i]);
 }
 
 template <class C>

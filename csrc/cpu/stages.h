@@ -80,30 +80,32 @@ FASTFLAT_SHARED_CODE inline void copy_past_caches(void* to_, const void* from_, 
 #endif
 }
 
-// to[i] = value(i), past the caches: a line at a time from registers.
-template <class C, class Value>
-inline void stream_values(C* to, int64_t n, const Value& value) {
+// Whether stream_values takes a stream: aligned fp32 that is written past the caches. Double goes through its buffer.
+template <class C>
+inline bool streamed(const Stream& s) {
 #if defined(__SSE2__)
-  constexpr int64_t line = 64 / sizeof(C);
-  const int64_t head = std::min<int64_t>(n, (-reinterpret_cast<intptr_t>(to) & 63) / sizeof(C));
-  int64_t i = 0;
-  for (; i < head; ++i) to[i] = value(i);
-  for (; i + line <= n; i += line) {
-    alignas(64) C values[line];
-#pragma GCC ivdep
-    for (int64_t k = 0; k < line; ++k) values[k] = value(i + k);
-    stream_line(reinterpret_cast<char*>(to + i), reinterpret_cast<const char*>(values));
-  }
-  for (; i < n; ++i) to[i] = value(i);
+  return sizeof(C) == 4 && s.bypass && s.storage == f32 && reinterpret_cast<uintptr_t>(s.data) % 64 == 0;
 #else
-  for (int64_t i = 0; i < n; ++i) to[i] = value(i);
+  return false;
 #endif
 }
 
-// Whether stream_values takes a stream: of the compute type, written past the caches.
-template <class C>
-inline bool streamed(const Stream& s) {
-  return s.bypass && s.storage == own_storage<C>;
+// to[i] = value(i), past the caches: a line at a time from registers. `to` is aligned to a line.
+template <class Value>
+inline void stream_values(float* to, int64_t n, const Value& value) {
+  int64_t i = 0;
+#if defined(__SSE2__)
+  for (; i + 16 <= n; i += 16) {
+    alignas(64) float values[16];
+#pragma GCC ivdep
+    for (int64_t k = 0; k < 16; ++k) values[k] = value(i + k);
+    stream_line(reinterpret_cast<char*>(to + i), reinterpret_cast<const char*>(values));
+  }
+#endif
+  for (; i < n; ++i) {
+    to[i] = value(i);
+    asm volatile("");  // not worth a vector loop
+  }
 }
 
 // Makes what went past the caches visible to other threads.
@@ -229,11 +231,17 @@ inline double narrow_squares(const float* a, int64_t n) {
     std::memcpy(last, a + i, (n - i) * sizeof(float));
     add(last);
   }
-  double total = 0.0;
-  for (int l = 0; l < 8; ++l) {
-    total += (static_cast<double>(lane[0][l]) + lane[2][l]) + (static_cast<double>(lane[1][l]) + lane[3][l]);
+  Quad all = {};
+  for (int half = 0; half < 2; ++half) {
+    Quad part[4];
+    for (int k = 0; k < 4; ++k) {
+      SingleQuad v;
+      std::memcpy(&v, reinterpret_cast<const char*>(&lane[k]) + half * sizeof(v), sizeof(v));
+      part[k] = __builtin_convertvector(v, Quad);
+    }
+    all += (part[0] + part[2]) + (part[1] + part[3]);
   }
-  return total;
+  return (all[0] + all[2]) + (all[1] + all[3]);
 }
 
 inline double squares(const double* a, int64_t n) {
