@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import logging
 import re
 from pathlib import Path
@@ -67,3 +68,13 @@ def test_versions_are_those_that_make_peers_installs():
 def test_relative_links_exist(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_table_is_drawn_from_the_committed_results():
+    if importlib.util.find_spec("fastflat.benchmarks") is None:
+        pytest.skip("fastflat.benchmarks is not installed: pip install --no-build-isolation -e .")
+    from fastflat.benchmarks import figures, report
+
+    text = (ROOT / "docs" / "sharpness.md").read_text()
+    source = re.search(r"<!-- sharpness: drawn from (\S+) -->", text)[1]
+    assert figures.insert(text, "sharpness", source, figures.steps(report.read(ROOT / source))) == text

@@ -56,6 +56,7 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
         "add-sub": steps.add_sub,
         "loop": steps.loop,
         "pytorch-optimizer": steps.pytorch_optimizer,
+        "passes": steps.passes,
     },
     "descent": {"fastflat": steps.base, "torch-fused": steps.torch_fused, "torch": steps.torch_plain},
     "identity": {"mul": floor.mul, "fastflat": ours.identity, "clone": floor.clone},

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fastflat import optim
 
+from ..networks import ResNet18
+
 RHO, RATE = 0.05, 1e-4
 _OPTIONS = {"sgd": {"momentum": 0.9}, "lars": {"momentum": 0.9}}
 _TORCH = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -159,6 +161,22 @@ def pytorch_optimizer(data) -> Call:
     params = data.parameters()
     opt = package.SAM(params, _torch_class(data), rho=RHO, **_options(data))
     return _two_passes(data, params, opt)
+
+
+def passes(data) -> Call:
+    """No optimizer: the two forward and backward passes that its step stands beside, of 32 images of 64x64."""
+    if (data.case.granularity, data.case.dtype) != ("resnet18 sgd", torch.float32):
+        raise ValueError("the passes are measured once, with resnet18, sgd and fp32")
+    model = ResNet18().to(data.x.device)
+    images = torch.randn(32, 3, 64, 64, device=data.x.device)
+    classes = torch.arange(32, device=data.x.device)
+
+    def call() -> None:
+        for _ in range(2):
+            torch.nn.functional.cross_entropy(model(images), classes).backward()
+            model.zero_grad()
+
+    return call
 
 
 def base(data) -> Call:

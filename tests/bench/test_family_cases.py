@@ -75,3 +75,10 @@ def test_compiled_forms_run(benchmarks, family):
     data = case(family, size=2**12).data(CPU)
     ours, theirs = (benchmarks.peers.PEERS[family][p](data)(data.x, data.scale) for p in ("fastflat", "compile"))
     assert ((ours - theirs).abs() > 1e-4).float().mean() < 0.01
+
+
+def test_network_has_the_parameters_of_its_list():
+    shapes = tuple(tuple(p.shape) for p in bench.package("networks").ResNet18().parameters())
+    listed = bench.package("cases.sharpness").LISTS["resnet18"]
+    assert sorted(shapes) == sorted(listed)
+    assert sum(map(math.prod, shapes)) == 11_689_512
