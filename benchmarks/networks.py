@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,7 +36,7 @@ class ResNet18(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         widths = (64, 64, 128, 256, 512)
         stages = []
-        for before, width in zip(widths, widths[1:], strict=False):
+        for before, width in itertools.pairwise(widths):
             stages += [_Block(before, width, 1 if before == width else 2), _Block(width, width, 1)]
         self.blocks = nn.Sequential(*stages)
         self.fc = nn.Linear(512, 1000)

@@ -40,11 +40,12 @@ struct Stage {
   C* state(const Stream& s) const { return static_cast<C*>(s.data) + at; }
   const C* weights() const { return fetch(call.source, at, n, buffers.w); }
 
-  // The new weights, value(i), to their place or to the buffer that finish() delivers.
+  // The new weights, value(i), to their place or to the buffer that finish() delivers. `direct`: past the caches without
+  // the buffer, where that is possible.
   template <class Value>
-  C* write(const Value& value) const {
+  C* write(const Value& value, bool direct = true) const {
     if constexpr (sizeof(C) == 4) {
-      if (streamed<C>(call.w) && !call.a && !call.out) {
+      if (direct && streamed<C>(call.w) && !call.a && !call.out) {
         stream_values(state(call.w), n, value);
         return nullptr;
       }
@@ -151,7 +152,8 @@ inline C* adam_stage(const Stage<C>& now, const Adam<C>& functor, const C* w, co
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) power[i] = moments(i);
   for (int64_t i = 0; i < n; ++i) power[i] = functor.raised(power[i]);
-  return now.write([=](int64_t i) __attribute__((always_inline)) { return functor.common.step(w[i], m[i] / power[i]); });
+  const auto step = [=](int64_t i) __attribute__((always_inline)) { return functor.common.step(w[i], m[i] / power[i]); };
+  return now.write(step, false);
 }
 
 template <class C>
