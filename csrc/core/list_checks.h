@@ -15,8 +15,9 @@ inline void check_scale_arguments(const char* op, const Tensor& sums, const Tens
   check_numbers(op, "rho", rho, rho.numel(), sums);
 }
 
-inline void check_ascent_arguments(const char* op, const Tensors& ws, bool into, bool kept, const Tensor& scale) {
-  const int64_t count = static_cast<int64_t>(ws.size());
+inline void check_ascent_arguments(const char* op, const Tensors& ws, size_t tensors, bool into, bool kept,
+                                   const Tensor& scale) {
+  const int64_t count = static_cast<int64_t>(tensors);
   STD_TORCH_CHECK(!into || !kept, "fastflat::", op, ": outs and backup must not both be given");
   check_numbers(op, "scale", scale, scale.numel(), ws.empty() ? scale : ws[0]);
   STD_TORCH_CHECK(scale.numel() >= count, "fastflat::", op, ": scale must have at least ", count, " values, got ",

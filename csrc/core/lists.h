@@ -93,11 +93,48 @@ inline void check_numbers(const char* op, const char* name, const Tensor& t, int
   STD_TORCH_CHECK(t.device() == like.device(), "fastflat::", op, ": ", name, " must be on the device of the tensors");
 }
 
+// Instead of a list of many small tensors a caller may give one int64 tensor [3, T] on the CPU: their addresses,
+// numbers of elements and storage types. It vouches for them: alive, contiguous, of the shapes that a list would be
+// checked for.
+inline bool is_table(const Tensors& ts) {
+  return ts.size() == 1 && ts[0].scalar_type() == ScalarType::Long && ts[0].dim() == 2 && ts[0].size(0) == 3 &&
+         ts[0].is_contiguous() && ts[0].is_cpu();
+}
+
+class Table {
+ public:
+  explicit Table(const Tensor& table)
+      : at_(static_cast<const int64_t*>(table.const_data_ptr())), count_(table.size(1)) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(table.get(), &device_type_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(table.get(), &device_index_));
+  }
+
+  size_t count() const { return count_; }
+  void* data(size_t t) const { return reinterpret_cast<void*>(at_[t]); }
+  View view(const char* op, const char* name, size_t t) const {
+    static const int64_t stride = 1;
+    const int64_t storage = at_[2 * count_ + t];
+    STD_TORCH_CHECK(storage >= 0 && storage < storages && at_[count_ + t] >= 0, "fastflat::", op, ": ", name,
+                    " must be a table of addresses, numbers of elements and storage types");
+    return {1, at_[count_ + t], &at_[count_ + t], &stride, static_cast<Storage>(storage), device_type_, device_index_};
+  }
+
+ private:
+  const int64_t* at_;
+  size_t count_;
+  int32_t device_type_ = 0, device_index_ = 0;
+};
+
 // A list of weights and the lists that go with it.
 class TensorLists {
  public:
   // `changed`: whether the op writes the weights.
-  TensorLists(const char* op, const char* name, const Tensors& ws, bool changed) : op_(op), count_(ws.size()) {
+  TensorLists(const char* op, const char* name, const Tensors& ws, bool changed, bool tables = false)
+      : op_(op), count_(ws.size()), tables_(tables) {
+    if (tables_ && is_table(ws)) {
+      read_table(name, Table(ws[0]));
+      return;
+    }
     views_.reserve(count_);
     data_.reserve(count_);
     for (const Tensor& w : ws) {
@@ -124,11 +161,13 @@ class TensorLists {
   // set(t, data, storage) for each tensor of a list: those of the shape of its weight, in its layout.
   template <class Set>
   void add(const char* name, const Tensors& list, Kind kind, bool changed, bool may_be_empty, const Set& set) {
-    STD_TORCH_CHECK(list.size() == count_ || (may_be_empty && list.empty()), "fastflat::", op_, ": ", name,
+    const std::optional<Table> table = tables_ && is_table(list) ? std::optional<Table>(list[0]) : std::nullopt;
+    const size_t size = table ? table->count() : list.size();
+    STD_TORCH_CHECK(size == count_ || (may_be_empty && size == 0), "fastflat::", op_, ": ", name,
                     " must be as long as the list of weights, ", count_, may_be_empty ? ", or empty" : "", ", got ",
-                    list.size());
-    for (size_t t = 0; t < list.size(); ++t) {
-      const View &like = views_[t], view = View::of(op_, name, list[t]);
+                    size);
+    for (size_t t = 0; t < size; ++t) {
+      const View &like = views_[t], view = table ? table->view(op_, name, t) : View::of(op_, name, list[t]);
       STD_TORCH_CHECK(view.same_shape(like), "fastflat::", op_, ": ", name,
                       " must have the shape of the weight (tensor ", t, ")");
       STD_TORCH_CHECK(view.same_device(like), "fastflat::", op_, ": ", name,
@@ -139,6 +178,10 @@ class TensorLists {
                       " must be float32, or float64 where the weight is (tensor ", t, ")");
       STD_TORCH_CHECK(kind != copy || view.storage == like.storage || like.storage == f32, "fastflat::", op_, ": ",
                       name, " must have the dtype of the weight, or 16 bits for a float32 one (tensor ", t, ")");
+      if (table) {
+        set(t, table->data(t), view.storage);
+        continue;
+      }
       const Tensor* at = &list[t];
       if (!view.same_layout(like)) {
         at = &copies_.emplace_back(laid_out(list[t], like));
@@ -201,6 +244,16 @@ class TensorLists {
   }
 
  private:
+  void read_table(const char* name, const Table& table) {
+    count_ = table.count();
+    views_.reserve(count_);
+    data_.reserve(count_);
+    for (size_t t = 0; t < count_; ++t) {
+      views_.push_back(table.view(op_, name, t));
+      data_.push_back(table.data(t));
+    }
+  }
+
   void check_device(const char* name, const Tensor& t) const {
     if (count_ == 0) return;
     int32_t type = 0, index = 0;
@@ -218,6 +271,7 @@ class TensorLists {
 
   const char* op_;
   size_t count_;
+  bool tables_;
   std::vector<View> views_;
   std::vector<void*> data_;
   std::deque<Tensor> copies_;  // where they are does not change

@@ -39,10 +39,10 @@ class Calls {
  public:
   Calls(const char* op, const Tensors& ws, const std::optional<Tensor>& backup, const Integers& at, const Tensor& rows,
         bool changed)
-      : lists_(op, "ws", ws, changed), calls_(ws.size()), beyond_(lists_.beyond()) {
-    check_numbers(op, "rows", rows, static_cast<int64_t>(ws.size()) * row::columns, rows);
+      : lists_(op, "ws", ws, changed), calls_(lists_.count()), beyond_(lists_.beyond()) {
+    check_numbers(op, "rows", rows, static_cast<int64_t>(calls_.size()) * row::columns, rows);
     const auto places = lists_.places(backup, at, false);
-    for (size_t t = 0; t < ws.size(); ++t) {
+    for (size_t t = 0; t < calls_.size(); ++t) {
       calls_[t].row = numbers(rows) + t * row::columns;
       calls_[t].w = calls_[t].source = lists_.weight(t);
       if (places[t]) calls_[t].source.data = places[t];
@@ -142,11 +142,11 @@ void descent_lamb_(const Tensors& ws, const Tensors& outs, const std::optional<T
                    const Tensor& sums, const std::optional<Tensor>& state) {
   constexpr auto op = "descent_lamb_";
   Calls calls(op, ws, backup, at, rows, true);
-  check_numbers(op, "sums", sums, 3 * static_cast<int64_t>(ws.size()), rows);
+  check_numbers(op, "sums", sums, 3 * static_cast<int64_t>(calls.each().size()), rows);
   calls.states("means", means, &DescentCall::m, false, false);
   calls.states("squares", squares, &DescentCall::v, false, false);
   calls.results(outs, averages, state);
-  for (size_t t = 0; t < ws.size(); ++t) {
+  for (size_t t = 0; t < calls.each().size(); ++t) {
     calls.each()[t].rate = lamb_rate(calls.each()[t].row, numbers(sums) + 3 * t);
   }
   calls.run(descent_loops().lamb);

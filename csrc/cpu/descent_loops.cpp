@@ -40,8 +40,8 @@ struct Stage {
   C* state(const Stream& s) const { return static_cast<C*>(s.data) + at; }
   const C* weights() const { return fetch(call.source, at, n, buffers.w); }
 
-  // The new weights, value(i), to their place or to the buffer that finish() delivers. `direct`: past the caches without
-  // the buffer, where that is possible.
+  // The new weights, value(i), to their place or to the buffer that finish() delivers. `direct`: past the caches
+  // without the buffer, where that is possible.
   template <class Value>
   C* write(const Value& value, bool direct = true) const {
     if constexpr (sizeof(C) == 4) {
@@ -115,9 +115,8 @@ void sgd(const DescentCall& call, int64_t begin, int64_t end) {
     const Sgd<C> functor = unmixed<C>(given, now.call);
     C *m = now.state(now.call.m), *to;
     if (now.call.m) {
-      to = now.write([=](int64_t i) __attribute__((always_inline)) {
-        return functor.with_momentum(w[i], g[i], C(0), m[i]);
-      });
+      to = now.write([=](int64_t i)
+                         __attribute__((always_inline)) { return functor.with_momentum(w[i], g[i], C(0), m[i]); });
     } else {
       to = now.write([=](int64_t i) __attribute__((always_inline)) { return functor.plain(w[i], g[i], C(0)); });
     }
@@ -152,7 +151,8 @@ inline C* adam_stage(const Stage<C>& now, const Adam<C>& functor, const C* w, co
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) power[i] = moments(i);
   for (int64_t i = 0; i < n; ++i) power[i] = functor.raised(power[i]);
-  const auto step = [=](int64_t i) __attribute__((always_inline)) { return functor.common.step(w[i], m[i] / power[i]); };
+  const auto step = [=](int64_t i)
+                        __attribute__((always_inline)) { return functor.common.step(w[i], m[i] / power[i]); };
   return now.write(step, false);
 }
 

@@ -20,7 +20,7 @@ inline constexpr int64_t beyond_caches = int64_t{24} << 20;
 // The lists of an op, as streams.
 class Lists : public TensorLists {
  public:
-  using TensorLists::TensorLists;
+  Lists(const char* op, const char* name, const Tensors& ws, bool changed) : TensorLists(op, name, ws, changed, true) {}
 
   Stream weight(size_t t) const { return {data(t), view(t).storage, false}; }
   bool is_double(size_t t) const { return view(t).storage == f64; }

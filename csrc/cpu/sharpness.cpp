@@ -16,8 +16,8 @@ Tensor sharpness_sums(const Tensors& gs, const Tensors& others, const Integers& 
   constexpr auto op = "sharpness_sums";
   STD_TORCH_CHECK(!gs.empty(), "fastflat::", op, ": gs must hold a tensor");
   Lists lists(op, "gs", gs, false);
-  std::vector<SumsCall> calls(gs.size());
-  for (size_t t = 0; t < gs.size(); ++t) {
+  std::vector<SumsCall> calls(lists.count());
+  for (size_t t = 0; t < lists.count(); ++t) {
     calls[t] = {lists.weight(t), {}, lists.value("kind", kind, t, 3), eta};
     STD_TORCH_CHECK(calls[t].kind == sum_gradient || !others.empty(), "fastflat::", op,
                     ": others must not be empty for kind ", calls[t].kind);
@@ -31,7 +31,7 @@ Tensor sharpness_sums(const Tensors& gs, const Tensors& others, const Integers& 
     const ListUnit& u = work.units()[i];
     loops[lists.is_double(u.tensor)](calls[u.tensor], u.begin, u.end, &of_units[3 * i]);
   });
-  return gather_sums(gs[0], gs.size(), work, of_units);
+  return gather_sums(gs[0], lists.count(), work, of_units);
 }
 
 Tensor sharpness_scale(const Tensor& sums, const Tensor& rho, double eps, bool linf) {
@@ -55,13 +55,13 @@ void sharpness_ascent_(const Tensors& ws, const Tensors& gs, const Tensors& outs
                        const std::optional<Tensor>& state) {
   constexpr auto op = "sharpness_ascent_";
   const bool into = !outs.empty();
-  check_ascent_arguments(op, ws, into, backup.has_value(), scale);
-  const double* scales = numbers(scale);
   Lists lists(op, "ws", ws, !into);
+  check_ascent_arguments(op, ws, lists.count(), into, backup.has_value(), scale);
+  const double* scales = numbers(scale);
   const auto places = lists.places(backup, at, true);
   const bool beyond = lists.beyond();
-  std::vector<AscentCall> calls(ws.size());
-  for (size_t t = 0; t < ws.size(); ++t) {
+  std::vector<AscentCall> calls(lists.count());
+  for (size_t t = 0; t < lists.count(); ++t) {
     calls[t] = {lists.weight(t), {}, {}, {}, scales[t], eta, lists.value("metric", metric, t, 3), {}};
     if (places[t]) calls[t].backup = {places[t], lists.weight(t).storage, beyond};
   }

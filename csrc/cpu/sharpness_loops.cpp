@@ -55,8 +55,8 @@ void sums(const SumsCall& call, int64_t begin, int64_t end, double* result) {
   result[2] = oo.total();
 }
 
-// Where a stage writes: the perturbed weights to `to`. Past the caches go, at `past`, those weights instead or, where it
-// `keeps`, the weights before.
+// Where a stage writes: the perturbed weights to `to`. Past the caches go, at `past`, those weights instead or, where
+// it `keeps`, the weights before.
 template <class C>
 struct Targets {
   C *to, *past;
@@ -75,9 +75,8 @@ inline void rise(const Ascent<C>& functor, const C* w, const C* g, const Targets
       });
     }
     if (targets.past) {
-      return stream_values(targets.past, n, [=](int64_t i) __attribute__((always_inline)) {
-        return functor(w[i], g[i]);
-      });
+      return stream_values(targets.past, n,
+                           [=](int64_t i) __attribute__((always_inline)) { return functor(w[i], g[i]); });
     }
   }
 #pragma GCC ivdep

@@ -53,7 +53,7 @@ void sharpness_ascent_(const Tensors& ws, const Tensors& gs, const Tensors& outs
                        const std::optional<Tensor>& state) {
   constexpr auto op = "sharpness_ascent_";
   const bool into = !outs.empty();
-  check_ascent_arguments(op, ws, into, backup.has_value(), scale);
+  check_ascent_arguments(op, ws, ws.size(), into, backup.has_value(), scale);
   TensorLists lists(op, "ws", ws, !into);
   const auto places = lists.places(backup, at, true);
   std::vector<AscentTensor> list(ws.size());

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the sharpness family: norms and the ascent of sharpness-aware minimisation over a list of tensors."""
+"""Rows of the sharpness family: norms and the ascent of sharpness-aware minimisation over a list of tensors.
+
+The compiled CPU kernels of this family and of descent take in place of each list an int64 table ``[3, T]`` as well, a
+list of that one tensor: addresses, numbers of elements, storage types (csrc/core/pairs.h). All lists of a call are
+tables then. Nobody can check an address: fastflat.optim makes them, for many small parameters.
+"""
 
 from __future__ import annotations
 

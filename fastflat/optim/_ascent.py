@@ -93,24 +93,38 @@ class AscentPlan(Ordered):
         kernels: SimpleNamespace,
         ws: list[Tensor],
         grads: list[Tensor],
+        given: list[Tensor],
         scale: Tensor,
         metrics: list[int],
         eta: float,
         state: Tensor | None,
     ) -> None:
+        """Adds the perturbations; `given` are the gradients as the kernels take them."""
         m = self._masters
         self._kept_masters = dict(zip(self.params[:m], ws[:m], strict=True))
         of_masters, of_rest = (metrics, metrics) if len(metrics) == 1 else (metrics[:m], metrics[m:])
         if m:
             copies = [_tensors.local(p) for p in self.params[:m]]
-            kernels.sharpness_ascent_(ws[:m], grads[:m], copies, None, [], scale[:m], of_masters, eta, None)
+            gs = grads[:m] if m < len(ws) else grads
+            lists = _tensors.all_or_none(
+                (ws[:m], self.weights_of(kernels, ws[:m])),
+                (gs, given if gs is grads else self.gradients_of(kernels, gs)),
+                (copies, self.weights_of(kernels, copies)),
+            )
+            kernels.sharpness_ascent_(*lists, None, [], scale[:m], of_masters, eta, None)
         if m == len(ws):
             return
-        rest, of_scale = (ws[m:], grads[m:]), scale[m : len(ws)]
-        if self._others is None:
-            kernels.sharpness_ascent_(*rest, [], self.backup, self._at, of_scale, of_rest, eta, state)
+        own, gs = (ws[m:], grads[m:]) if m else (ws, grads)
+        others = self._others or []
+        lists = _tensors.all_or_none(
+            (own, self.weights_of(kernels, own, m)),
+            (gs, self.gradients_of(kernels, gs, m) if m else given),
+            (others, self.states_of(kernels, others, m)),
+        )
+        kept = (None, []) if self._others else (self.backup, self._at)
+        kernels.sharpness_ascent_(*lists, *kept, scale[m : len(ws)], of_rest, eta, state)
+        if not self._others:
             return
-        kernels.sharpness_ascent_(*rest, self._others, None, [], of_scale, of_rest, eta, state)
         self._originals = [p.data for p in self.params[m:]]
         for p, other in zip(self.params[m:], self._others, strict=True):
             p.data = other

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -157,7 +159,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._flat is None:
             self._flat = self._all()
         grads = [p.grad for p in self._flat]
-        if all(g is not None for g in grads):
+        if not any(map(operator.is_, grads, itertools.repeat(None))):
             return grads, None
         return grads, tuple(g is not None for g in grads)
 
@@ -282,30 +284,43 @@ class FusedOptimizer(torch.optim.Optimizer):
             if plan.index is not None:
                 every[plan.index] = steps
             for b, w in zip(plan.buckets, weights, strict=True):
-                kept, given = ((w.backup, w.at), (grads[b.rows], firsts[b.rows] if firsts else []))
-                of_rows, states = rows[b.rows], b.states
+                ws, outs, gs, fs, averages, *states = self._listed(kernels, plan, b, w, grads, firsts)
+                kept, given, of_rows = (w.backup, w.at), (gs, fs), rows[b.rows]
                 if self._rule.name in ("sgd", "lars"):
                     momenta = states[0] if states else []
-                    kernels.descent_sgd_(w.ws, w.outs, *kept, *given, momenta, b.averages, of_rows, state)
+                    kernels.descent_sgd_(ws, outs, *kept, *given, momenta, averages, of_rows, state)
                 elif self._rule.name == "lamb":
-                    norms = kernels.descent_lamb_moments_(w.ws, *kept, *given, *states, of_rows)
+                    norms = kernels.descent_lamb_moments_(ws, *kept, *given, *states, of_rows)
                     if plan.sharded:
                         _tensors.sum_over_shards(norms, plan.params[b.rows])
-                    kernels.descent_lamb_(w.ws, w.outs, *kept, *states, b.averages, of_rows, norms, state)
+                    kernels.descent_lamb_(ws, outs, *kept, *states, averages, of_rows, norms, state)
                 else:
                     means, squares, largest = (*states, [])[:3]
                     kernels.descent_adam_(
-                        w.ws, w.outs, *kept, *given, means, squares, largest, b.averages, of_rows,
+                        ws, outs, *kept, *given, means, squares, largest, averages, of_rows,
                         self._rule.name == "padam", state,
                     )  # fmt: skip
-        states = (t for b in plan.buckets for of_slot in (*b.states, b.averages) for t in of_slot)
-        torch.autograd.graph.increment_version([*plan.params, *states])
+        averages = (t for b in plan.buckets for t in b.averages)
+        torch.autograd.graph.increment_version([*plan.params, *averages])
+
+    def _listed(self, kernels, plan, bucket, w, grads, firsts) -> list[list[Tensor]]:
+        """Weights, copies, gradients of both passes, averages and states of a bucket as the kernels take them."""
+        first, rows = bucket.rows.start, bucket.rows
+        gs, fs = grads[rows], firsts[rows] if firsts else []
+        return _tensors.all_or_none(
+            *((t, plan.weights_of(kernels, t, first)) for t in (w.ws, w.outs)),
+            *((t, plan.gradients_of(kernels, t, first)) for t in (gs, fs)),
+            *((t, plan.states_of(kernels, t, first)) for t in (bucket.averages, *bucket.states)),
+        )
 
     def _lars_sums(self, kernels, plan, weights, grads, firsts) -> tuple[Tensor, Tensor]:
         """{g.g, g.f, f.f} and {w.w, 0, 0} of each parameter, of the weights before the ascent."""
-        before = [w for of_bucket in weights for w in of_bucket.before()]
+        of_buckets = [
+            kernels.sharpness_sums(plan.before_of(kernels, w, b.rows.start), [], [0], 0.0)
+            for b, w in zip(plan.buckets, weights, strict=True)
+        ]
+        of_weights = torch.cat(of_buckets) if len(of_buckets) > 1 else of_buckets[0]
         of_gradients = kernels.sharpness_sums(grads, firsts or [], [1] if firsts else [0], 0.0)
-        of_weights = kernels.sharpness_sums(before, [], [0], 0.0)
         if plan.sharded:
             _tensors.sum_over_shards(of_gradients, plan.params)
             _tensors.sum_over_shards(of_weights, plan.params)

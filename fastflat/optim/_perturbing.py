@@ -173,11 +173,14 @@ class PerturbingOptimizer(FusedOptimizer):
             metrics = [METRICS["scaled"] if a else metric for a in adaptive]
         rho = plan.radii([float(group["rho"]) for group in self.param_groups], self._device())
         with torch._C._AutoDispatchBelowAutograd():
-            sums = kernels.sharpness_sums(grads, ws if some else [], kinds, eta)
+            others = (ws, plan.weights_of(kernels, ws))
+            given = (grads, plan.gradients_of(kernels, grads))
+            of_sums = _tensors.all_or_none(given, others) if some else (given[1], [])
+            sums = kernels.sharpness_sums(*of_sums, kinds, eta)
             if plan.sharded:
                 _tensors.sum_over_shards(sums, plan.params)
             scale = kernels.sharpness_scale(sums, rho, self._norm_eps, self._metric == "linf")
-            plan.rise(kernels, ws, grads, scale, metrics, eta, state)
+            plan.rise(kernels, ws, grads, given[1], scale, metrics, eta, state)
         self._ascent, self._norm, self._flag = plan, scale[-2], scale[-1]
         torch.autograd.graph.increment_version(plan.params)
         self._note_writes()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -32,11 +33,38 @@ class Ordered:
         self.groups = [members[i][1] for i in order]
         self.sharded = any(_tensors.is_dtensor(p) for p in self.params)
         self.held = [] if self.sharded else [_tensors.Held(self.params)]
+        self._tables = None if self.sharded else _tensors.Tables(self.params)
 
     def take(self, of_all: list) -> list[Tensor]:
         """These tensors out of a list with one for each parameter of the optimizer."""
         chosen = of_all if self.whole else [of_all[i] for i in self.order]
         return [_tensors.local(t) for t in chosen] if self.sharded else chosen
+
+    def tables(self, kernels: SimpleNamespace) -> _tensors.Tables | None:
+        """Lists as tables, for kernels that take them."""
+        return self._tables if kernels.backend == "cpu" else None
+
+    def weights_of(self, kernels: SimpleNamespace, ws: list[Tensor], first: int = 0) -> list[Tensor]:
+        """Weights of the parameters from number `first` on, as the kernels take them soonest."""
+        tables = self.tables(kernels)
+        return ws if tables is None else tables.of_weights(ws, first)
+
+    def states_of(self, kernels: SimpleNamespace, states: list[Tensor], first: int = 0) -> list[Tensor]:
+        """The same of states."""
+        tables = self.tables(kernels)
+        return states if tables is None else tables.of_states(states, first)
+
+    def gradients_of(self, kernels: SimpleNamespace, grads: list[Tensor], first: int = 0) -> list[Tensor]:
+        """The same of gradients; those of the parameters' own weights must have been asked for before."""
+        tables = self.tables(kernels)
+        return grads if tables is None else tables.of_gradients(grads, first)
+
+    def before_of(self, kernels: SimpleNamespace, weights: Weights, first: int) -> list[Tensor]:
+        """The same of the weights before an ascent."""
+        tables = self.tables(kernels)
+        if weights.backup is None or tables is None:
+            return weights.before()
+        return tables.of_backup(weights.backup, weights.at, weights.ws, first) or weights.before()
 
 
 class Plan(Ordered):

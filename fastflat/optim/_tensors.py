@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import array
 import itertools
+import operator
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -135,3 +137,103 @@ class Held:
     def __init__(self, tensors: list[Tensor]):
         make = getattr(torch._C, "ScriptList", None)
         self._owner = make(tensors) if make is not None and tensors else None
+
+
+#: Numbers of the storage types in a table; csrc/core/pairs.h has the same.
+STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_DTYPE = operator.attrgetter("dtype")
+
+
+def all_or_none(*pairs: tuple[list[Tensor], list[Tensor]]) -> list[list[Tensor]]:
+    """The tables of these (list, table or the list itself), or all the lists: no call takes both, for a table knows no
+    shape."""
+    whole = all(table is not tensors or not tensors for tensors, table in pairs)
+    return [table if whole else tensors for tensors, table in pairs]
+
+
+class Tables:
+    """Lists of many small CPU tensors as the compiled CPU kernels take them too: one int64 tensor ``[3, T]`` of
+    addresses, numbers of elements and storage types.
+
+    To hand over a list costs up to a microsecond a tensor, more than the arithmetic of a small one. Kernels cannot
+    check an address, so what the parameters are is looked at here, anew whenever one of them has another address, and
+    what may change with every gradient each time; where tensors do not qualify the list stays a list.
+
+    Args:
+        params: what the other tensors belong to, one by one.
+    """
+
+    #: Mean number of elements up to which a table pays.
+    _SMALL = 32768
+
+    def __init__(self, params: list[Tensor]):
+        self._numels = [p.numel() for p in params]
+        self.pays = len(params) >= 16 and sum(self._numels) <= self._SMALL * len(params)
+        self._sure = False
+        self._known: dict[tuple[int, int], tuple[list[int], Tensor]] = {}
+        self._states: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._templates: dict[tuple[int, int, torch.dtype], tuple[list[torch.dtype], Tensor]] = {}
+
+    def of_weights(self, ws: list[Tensor], first: int) -> list[Tensor]:
+        """The weights of the parameters from number `first` on, their copies, or other places for them."""
+        if not self.pays or not ws:
+            return ws
+        addresses = list(map(Tensor.data_ptr, ws))
+        known = self._known.get((id(ws), first))
+        if known is not None and known[0] == addresses:
+            return [known[1]]
+        self._sure = False
+        if not self._fit(ws, first):
+            return ws
+        if len(self._known) > 64:  # lists that did not last
+            self._known.clear()
+        table = self._table(addresses, list(map(_DTYPE, ws)), first)
+        self._known[id(ws), first] = (addresses, table)
+        return [table]
+
+    def of_states(self, states: list[Tensor], first: int) -> list[Tensor]:
+        """Tensors that nobody else has, in a list that stays: once looked at, they are what they were."""
+        known = self._states.get(id(states))
+        if known is None:
+            known = self._states[id(states)] = (states, self.of_weights(states, first))
+        return known[1]
+
+    def of_gradients(self, grads: list[Tensor], first: int) -> list[Tensor]:
+        """Gradients: they have the sizes and the device of their parameters, once those are known."""
+        if not self.pays or not grads:
+            return grads
+        if not self._sure:
+            if not self._fit(grads, first):
+                return grads
+            self._sure = True
+        dtypes = list(map(_DTYPE, grads))
+        if not all(map(Tensor.is_contiguous, grads)) or not STORAGES.keys() >= set(dtypes[:1]):
+            return grads
+        return [self._table(list(map(Tensor.data_ptr, grads)), dtypes, first)]
+
+    def of_backup(self, backup: Tensor, at: list[int], ws: list[Tensor], first: int) -> list[Tensor] | None:
+        """What a backup holds of the parameters from number `first` on, which are ws; None where a list must do."""
+        if not self.pays or not self._fit(ws, first):
+            return None
+        base = backup.data_ptr()
+        return [self._table([base + a for a in at], list(map(_DTYPE, ws)), first)]
+
+    def _fit(self, tensors: list[Tensor], first: int) -> bool:
+        """Whether they lie on the CPU, contiguous, each with as many elements as its parameter."""
+        return (
+            max(map(Tensor.get_device, tensors)) < 0
+            and all(map(Tensor.is_contiguous, tensors))
+            and list(map(Tensor.numel, tensors)) == self._numels[first : first + len(tensors)]
+            and STORAGES.keys() >= set(map(_DTYPE, tensors))
+        )
+
+    def _table(self, addresses: list[int], dtypes: list[torch.dtype], first: int) -> Tensor:
+        key = (first, len(addresses), dtypes[0])
+        template = self._templates.get(key)
+        if template is None or template[0] != dtypes:
+            numels = self._numels[first : first + len(addresses)]
+            rows = torch.tensor([addresses, numels, [STORAGES[d] for d in dtypes]], dtype=torch.int64)
+            self._templates[key] = template = (dtypes, rows)
+        table = template[1].clone()
+        table[0].copy_(torch.frombuffer(array.array("q", addresses), dtype=torch.int64))
+        return table
