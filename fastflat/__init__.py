@@ -33,6 +33,7 @@ __all__ = [
     "bitplane_init",
     "calibrate",
     "choose",
+    "curvature",
     "draw_state",
     "fake_quantize",
     "fake_quantize_dynamic",
@@ -47,3 +48,11 @@ __all__ = [
     "quant",
     "tune_host_memory",
 ]
+
+
+def __getattr__(name: str):
+    if name == "curvature":  # a tenth of a second of imports that most programs do not need
+        import importlib
+
+        return importlib.import_module("fastflat.curvature")
+    raise AttributeError(f"module 'fastflat' has no attribute {name!r}")

@@ -98,7 +98,7 @@ def fake_quantize_list(
     if torch.compiler.is_compiling():
         tensors = join(plan, xs, scales, zero_points)
         return list(CompiledList.apply(plan.grids, plan.factors, plan.trains_scale, plan.zeros, plan.dtype, *tensors))
-    if transformed():
+    if transformed() or plan.kernels.backend == "dispatched":  # a trace shows each tensor's call
         zeros = zero_points or [None] * len(xs)
         calls = zip(xs, scales, zeros, plan.plans, strict=True)
         return [single.fake_quantize(*call) for call in calls]

@@ -23,6 +23,9 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 #: Preference by device type; any other device computes with ``reference``.
 _ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
+#: In place of a backend's name: whichever the dispatcher takes.
+_DISPATCHED = "dispatched"
+
 _forced: str | None = None
 
 
@@ -70,6 +73,22 @@ def backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+@contextlib.contextmanager
+def dispatched() -> Iterator[None]:
+    """Compute every op through ``torch.ops.fastflat`` inside the ``with`` block, so that a trace shows it as one op."""
+    global _forced
+    previous, _forced = _forced, _DISPATCHED
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def dispatched_kernels() -> SimpleNamespace:
+    """The raw ops, each of which computes by whatever the dispatcher takes."""
+    return _kernels("", _DISPATCHED)
+
+
 def forced_backend() -> str | None:
     """The backend that a ``with backend(...)`` block asks for, if any."""
     return _forced
@@ -110,9 +129,11 @@ def _choose(device: str, forced: str | None) -> tuple[str, str]:
 
 @functools.cache
 def _kernels(device: str, forced: str | None) -> SimpleNamespace:
-    name, _ = _choose(device, forced)
+    name = forced if forced == _DISPATCHED else _choose(device, forced)[0]
     modules = {"reference": reference, "triton": triton}
-    get: Callable = _ops.callable_of if name in ("cpu", "cuda") else functools.partial(getattr, modules[name])
+    get: Callable = (
+        _ops.callable_of if name in ("cpu", "cuda", _DISPATCHED) else functools.partial(getattr, modules[name])
+    )
     return SimpleNamespace(backend=name, **{op: get(op) for op in _ops.OPS})
 
 

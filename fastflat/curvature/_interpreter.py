@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A program linearised at a point: K tangents at once through every step, each primal value computed at most once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastflat.curvature import _rules
+from fastflat.curvature._program import Program, Step, is_item
+from fastflat.curvature._rules import Call
+
+
+class Plan:
+    """Which steps have a tangent that some wanted output reads, and after which step a tangent is needed no more."""
+
+    def __init__(self, program: Program, seeds: Iterable[int], outputs: Iterable[int]) -> None:
+        steps = program.steps
+        seeds, outputs = set(seeds), set(outputs)
+        reached = set(seeds)
+        for i, step in enumerate(steps):
+            if step.op is not None and step.op not in _rules.CONSTANT and not reached.isdisjoint(step.reads):
+                reached.add(i)
+        needed, open_ = set(), [o for o in outputs if o in reached]
+        while open_:
+            i = open_.pop()
+            if i not in needed:
+                needed.add(i)
+                open_ += [r for r in steps[i].reads if r in reached]
+        self.active = sorted(i for i in needed if i not in seeds)
+        self.wanted: dict[int, set[int]] = {}
+        last: dict[int, int] = {}
+        for i in self.active:
+            for r in steps[i].reads:
+                last[r] = i
+            if steps[i].op is is_item:
+                self.wanted.setdefault(steps[i].args[0].step, set()).add(steps[i].args[1])
+        self.freed: dict[int, list[int]] = {}
+        for r, i in last.items():
+            if r not in outputs:
+                self.freed.setdefault(i, []).append(r)
+
+
+class Linear:
+    """A :class:`Program` at one point.
+
+    Primal values are computed on demand and kept, as are the derivative factors that rules make of them; both serve
+    all K tangents and every later product at this point. What a function draws at random is drawn here, once, in the
+    order of the function; the generators are then as before.
+
+    Args:
+        program: the traced function.
+        inputs: its input tensors.
+        plans: where plans are remembered, shared by all points of one program.
+        dtype: type of the tangents; None for that of the values.
+    """
+
+    def __init__(
+        self, program: Program, inputs: Sequence[Tensor], plans: dict[Any, Plan], dtype: torch.dtype | None = None
+    ) -> None:
+        self.program, self.dtype, self._plans = program, dtype, plans
+        self._values: dict[int, Any] = dict(program.constants)
+        self._values.update(zip(program.inputs, inputs, strict=True))
+        self._made: dict[Any, Tensor] = {}
+        if program.random:
+            devices = {t.device for t in inputs if t.device.type == "cuda"}
+            with torch.random.fork_rng(devices):
+                for position in program.random:
+                    self.value(position)
+
+    def value(self, position: int) -> Any:
+        """The primal value of a step."""
+        values = self._values
+        if position not in values:
+            missing, open_ = set(), [position]
+            while open_:
+                i = open_.pop()
+                if i not in missing and i not in values:
+                    missing.add(i)
+                    open_ += self.program.steps[i].reads
+            with torch.no_grad():
+                for i in sorted(missing):
+                    step = self.program.steps[i]
+                    values[i] = _rules.PRIMAL.get(step.op, Step.run)(step, values.__getitem__)
+        return values[position]
+
+    def cast(self, position: int) -> Any:
+        """The primal value in the type of the tangents."""
+        value = self.value(position)
+        if self.dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return self.once((position, "cast"), lambda: value)
+
+    def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._made:
+            made = make()
+            self._made[key] = made if self.dtype is None else made.to(self.dtype)
+        return self._made[key]
+
+    def push(self, seeds: dict[int, Tensor], outputs: Sequence[int | None]) -> list[Tensor | None]:
+        """The K tangents of some outputs (positions of steps) for K tangents of some inputs, each ``[K, *shape]``;
+        None where nothing reaches an output."""
+        key = (frozenset(seeds), frozenset(outputs))
+        if key not in self._plans:
+            self._plans[key] = Plan(self.program, seeds, [o for o in outputs if o is not None])
+        plan = self._plans[key]
+        first = next(iter(seeds.values()))
+        k, given = first.shape[0], first.dtype
+        tangents: dict[int, Any] = {i: t.to(self.dtype or t.dtype) for i, t in seeds.items()}
+        with torch.no_grad():
+            for i in plan.active:
+                step = self.program.steps[i]
+                if any(tangents.get(r) is not None for r in step.reads):
+                    tangents[i] = _rules.tangent(Call(step, i, self, tangents, k, plan.wanted.get(i, set())))
+                for r in plan.freed.get(i, ()):
+                    tangents.pop(r, None)
+        found = [None if o is None else _rules.settled(tangents.get(o)) for o in outputs]
+        return [None if t is None else t.to(given) for t in found]

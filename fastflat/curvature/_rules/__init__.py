@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tangent rules by ATen op, one file for each kind of op."""
+
+from fastflat.curvature._rules import (
+    batch_norm,
+    convolution,
+    elementwise,
+    families,
+    indexing,
+    products,
+    quantize,
+    reduction,
+    row_norm,
+    shape,
+)
+from fastflat.curvature._rules._constant import CONSTANT
+from fastflat.curvature._rules._fallback import tangent
+from fastflat.curvature._rules._table import PRIMAL, RULES, Call, settled
+
+__all__ = ["CONSTANT", "PRIMAL", "RULES", "Call", "settled", "tangent"]

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizers. The in-range mask m and the residual are frozen, so y is linear in (x, s, z) and its factors are primal::
+
+    y    Ry  = m Rx + e Rs + d Rz                 e = dy/ds, d = dy/dz
+    bwd  Rgx = m Rg,  Rgs = sum Rg e,  Rgz = sum Rg d
+
+m, e and d come from the quantizer's own jvp of ones, once for all tangents. With a zero-point that is trained there is
+one second derivative more, d2y/ds dz = -f^2 (1 - m), f the gradient factor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastflat.curvature._rules._table import Call, added, aligned, rule
+
+ops = torch.ops.fastflat
+aten = torch.ops.aten
+
+
+class _Grid:
+    """One quantizer of the fake_quantize family at one point: what its jvp makes of ones."""
+
+    def __init__(self, c: Call, first: int, extra: int, push: Any, factor: float, trained: bool) -> None:
+        # first: position of x among the arguments; extra: how many draws lie between zero_point and the grid
+        self._c, self._push, self._factor, self.trained = c, push, factor, trained
+        self._point = [c.primal(first + i) for i in range(3 + extra)]
+        after = first + 3 + extra + (1 if c.op is ops.general_quantize_bwd.default else 0)
+        self._grid = [c.primal(after + i) for i in range(6)]
+
+    @property
+    def axis(self) -> int:
+        return self._grid[2]
+
+    @property
+    def group(self) -> int:
+        return self._grid[3]
+
+    @property
+    def zero_point(self) -> Tensor | None:
+        return self._point[2]
+
+    def along(self, which: int) -> Tensor:
+        """dy by x (0), by the scale (1), by the zero-point (2)."""
+
+        def make():
+            ones: list[Tensor | None] = [None, None, None]
+            ones[which] = torch.ones_like(self._point[which])
+            return self._push(*ones, *self._point, *self._grid, self._factor, None).to(self._point[0].dtype)
+
+        return self._c.once(("along", which), make)
+
+    def spread(self, t: Tensor, ndim: int) -> Tensor:
+        """K tangents of a scale, shaped to broadcast against K tangents of x; groups are along a last axis of their
+        own."""
+        if self.group:
+            return t.unsqueeze(-1)
+        if self.axis < 0:
+            return aligned(t, ndim)
+        return t.reshape(t.shape[0], *(1,) * self.axis, -1, *(1,) * (ndim - self.axis - 1))
+
+    def grouped(self, t: Tensor) -> Tensor:
+        return t.unflatten(-1, (-1, self.group)) if self.group else t
+
+    def summed(self, t: Tensor, shape: torch.Size) -> Tensor:
+        """K tensors of x's shape summed over the elements of each scale."""
+        if self.group:
+            return self.grouped(t).sum(-1)
+        if self.axis < 0:
+            return t.flatten(1).sum(1).reshape(t.shape[0], *shape)
+        return t.sum([d for d in range(1, t.dim()) if d != self.axis + 1])
+
+
+def _forward(c: Call, grid: _Grid):
+    s, z = (c.tangent(i) if grid.trained else None for i in (1, 2))
+    ndim = len(c.out_shape)
+    out = c.scaled(0, ("along", 0), lambda: grid.along(0)) if c.moves(0) else None
+    if s is None and z is None:
+        return out
+    out = None if out is None else out.product()
+    for which, t in ((1, s), (2, z)):
+        if t is not None:
+            factor = grid.grouped(grid.along(which))
+            t = grid.spread(t, ndim)
+            term = (t * factor).reshape(c.k, *c.out_shape) if grid.group or out is None else None
+            if term is not None:
+                out = term if out is None else out.add_(term)
+            else:
+                out.addcmul_(t, factor)
+    return out
+
+
+def _backward(c: Call, grid: _Grid, scale: int):
+    s, z = c.tangent(scale), c.tangent(scale + 1)
+    has_zero = grid.zero_point is not None
+    gx = gs = gz = None
+    if c.moves(0):
+        gx = c.scaled(0, ("along", 0), lambda: grid.along(0)) if 0 in c.wanted else None
+        shape = c.shape(scale)
+        if grid.trained and 1 in c.wanted:
+            gs = grid.summed(c.tangent(0) * grid.along(1), shape)
+        if grid.trained and has_zero and 2 in c.wanted:
+            gz = grid.summed(c.tangent(0) * grid.along(2), shape)
+    if grid.trained and has_zero and (s is not None or z is not None):
+        cross = c.once("cross", lambda: _cross(c, grid, scale))
+        gs = added(gs, None if z is None else z * cross)
+        gz = added(gz, None if s is None else s * cross)
+    return gx, gs, gz
+
+
+def _cross(c: Call, grid: _Grid, scale: int) -> Tensor:
+    """``-f^2 sum g (1 - m)`` over the elements of each scale."""
+    held = c.primal(scale).clamp(min=grid._grid[4])
+    by_zero = grid.summed((c.primal(0) * grid.along(2))[None], c.shape(scale))[0]  # -f s sum g (1 - m)
+    return by_zero * (grid._factor / held)
+
+
+def _of_forward(c: Call, backward: Any) -> tuple[float, bool]:
+    """Gradient factor of a quantizer and whether its scale is trained: the backward of the same call knows."""
+    for step in c.program.steps:
+        if step.op is backward and step.args[1:3] == c.step.args[:2]:
+            names = [a.name for a in backward._schema.arguments]
+            return step.args[names.index("factor")], step.args[names.index("need_scale")]
+    return 1.0, False
+
+
+@rule(ops.fake_quantize.default)
+def fake_quantize(c: Call):
+    return _forward(c, _Grid(c, 0, 0, ops.fake_quantize_jvp, *_of_forward(c, ops.fake_quantize_bwd.default)))
+
+
+@rule(ops.fake_quantize_bwd.default)
+def fake_quantize_backward(c: Call):
+    return _backward(c, _Grid(c, 1, 0, ops.fake_quantize_jvp, *c.step.args[-2:]), 2)
+
+
+@rule(ops.fake_quantize_absmax.default)
+def fake_quantize_absmax(c: Call):
+    grid = [c.primal(i) for i in range(1, 7)]
+    x = c.primal(0)
+    return c.scaled(
+        0, "m", lambda: ops.fake_quantize_bwd(torch.ones_like(x), x, c.out[1], None, *grid, 1.0, False)[0]
+    ), None
+
+
+@rule(ops.general_quantize.default)
+def general_quantize(c: Call):
+    return _forward(c, _Grid(c, 0, 3, ops.general_quantize_jvp, *_of_forward(c, ops.general_quantize_bwd.default)))
+
+
+@rule(ops.general_quantize_bwd.default)
+def general_quantize_backward(c: Call):
+    # The EWGS factor depends on the sign of g and is held constant, as everything of second order does.
+    return *_backward(c, _Grid(c, 1, 3, ops.general_quantize_jvp, *c.step.args[-3:-1]), 2), None

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums over axes, what is made of them, softmax, and losses."""
+
+from __future__ import annotations
+
+import torch
+
+from fastflat.curvature._rules._table import Call, added, rule
+
+aten = torch.ops.aten
+
+
+def _axes(dims, ndim: int) -> list[int]:
+    """Axes of the value as axes of its tangents; None and [] name all of them."""
+    dims = range(ndim) if dims is None or (isinstance(dims, (list, tuple)) and not dims) else dims
+    return [d % max(ndim, 1) + 1 for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+@rule(aten.sum.default, aten.mean.default)
+def total(c: Call):
+    x = c.tangent(0).flatten(1) if c.tangent(0).dim() > 1 else c.tangent(0).unsqueeze(1)
+    return x.sum(1) if c.op is aten.sum.default else x.mean(1)
+
+
+@rule(aten.sum.dim_IntList, aten.mean.dim)
+def along(c: Call):
+    x = c.tangent(0)
+    if x.dim() == 1:
+        return x
+    take = torch.sum if c.op is aten.sum.dim_IntList else torch.mean
+    return take(x, _axes(c.primal(1), x.dim() - 1), c.primal(2))
+
+
+@rule(aten.cumsum.default)
+def cumsum(c: Call):
+    x = c.tangent(0)
+    return x.cumsum(_axes(c.primal(1), x.dim() - 1)[0])
+
+
+@rule(aten._softmax.default, aten._safe_softmax.default)
+def softmax(c: Call):
+    x, p = c.tangent(0), c.operand_out()
+    u = x * p
+    return u.addcmul_(p, u.sum(_axes(c.primal(1), x.dim() - 1), True), value=-1)
+
+
+@rule(aten._softmax_backward_data.default)
+def softmax_backward(c: Call):
+    # gx = p (g - D), D = sum g p
+    g, p, dim = c.tangent(0), c.tangent(1), _axes(c.primal(2), len(c.out_shape))
+    own = None
+    if p is not None:
+        inner = c.once("g-D", lambda: c.primal(0) - (c.primal(0) * c.primal(1)).sum(c.primal(2), True))
+        own = p * inner
+        moved = -c.operand(1) * (p * c.operand(0)).sum(dim, True)
+        own = own.add_(moved)
+    if g is None:
+        return own
+    u = g * c.operand(1)
+    u.addcmul_(c.operand(1), u.sum(dim, True), value=-1)
+    return added(own, u)
+
+
+@rule(aten._log_softmax.default)
+def log_softmax(c: Call):
+    x = c.tangent(0)
+    p = c.once("p", lambda: c.out.exp())
+    return x - (x * p).sum(_axes(c.primal(1), x.dim() - 1), True)
+
+
+@rule(aten._log_softmax_backward_data.default)
+def log_softmax_backward(c: Call):
+    # gx = g - p G, G = sum g
+    g, y, dim = c.tangent(0), c.tangent(1), _axes(c.primal(2), len(c.out_shape))
+    p = c.once("p", lambda: c.primal(1).exp())
+    by_g = None if g is None else g - p * g.sum(dim, True)
+    by_y = None
+    if y is not None:
+        by_y = y * c.once("-pG", lambda: -c.primal(1).exp() * c.primal(0).sum(c.primal(2), True))
+    return added(by_g, by_y)
+
+
+@rule(aten.mse_loss_backward.default)
+def mse_backward(c: Call):
+    # gx = 2 (x - t) g / n
+    g, x, t, reduction = c.tangent(0), c.tangent(1), c.tangent(2), c.primal(3)
+    scale = 2.0 / c.primal(1).numel() if reduction == 1 else 2.0
+    moved = None if x is None and t is None else added(x, None if t is None else -t)
+    by_x = None if moved is None else moved * c.once("g", lambda: c.primal(0) * scale)
+    if g is None:
+        return by_x
+    g = g.reshape(c.k, *(1,) * (len(c.out_shape) - g.dim() + 1), *g.shape[1:])
+    return added(by_x, g * c.once("x", lambda: (c.primal(1) - c.primal(2)) * scale))

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hessian, Gauss-Newton and Fisher matrices of a model on data, as linear operators."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastflat import _checks
+from fastflat.curvature import _batch, _differentiate
+from fastflat.curvature._batch import Batch
+from fastflat.curvature._problem import Problem, unpacked
+from fastflat.curvature._program import Untraceable
+
+_LOOPS = {
+    "double_backward": _differentiate.double_backward,
+    "finite_difference": _differentiate.finite_difference,
+}
+
+
+class Operator:
+    """A symmetric matrix ``[n, n]`` over the chosen parameters, known by its products.
+
+    Attributes:
+        shape, dtype, device: as of a matrix.
+        blocks: for each parameter, by its name, the slice of rows that it owns.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        data: Iterable,
+        params: Any = None,
+        *,
+        reduction: str = "mean",
+        row_weight: Callable[[Any], Tensor] | None = None,
+        chunk: int | None = None,
+        microbatch: int | None = None,
+        tangent_dtype: torch.dtype | None = None,
+        process_group: Any = None,
+    ) -> None:
+        self._name = f"curvature.{type(self).__name__}"
+        _batch.check(self._name, data)
+        for argument, value in (("chunk", chunk), ("microbatch", microbatch)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                _checks.fail(self._name, argument, "be a positive int or None", repr(value))
+        self._problem = Problem(self._name, model, loss_fn, params, reduction, row_weight, tangent_dtype)
+        self._arguments = {
+            "reduction": reduction,
+            "chunk": chunk,
+            "microbatch": microbatch,
+            "tangent_dtype": tangent_dtype,
+            "process_group": process_group,
+        }
+        self._data, self._chunk, self._microbatch, self._group = data, chunk, microbatch, process_group
+        first, n = self._problem.params[0], sum(self._problem.sizes)
+        self.shape, self.dtype, self.device = (n, n), first.dtype, first.device
+        ends = torch.tensor(self._problem.sizes).cumsum(0).tolist()
+        self.blocks = {
+            name: slice(end - size, end)
+            for name, size, end in zip(self._problem.names, self._problem.sizes, ends, strict=True)
+        }
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """The product with one vector ``[n]`` or with K of them, ``[n, K]``."""
+        self._check(v, (self.shape[0],), "[n={0}] or [n={0}, K]")
+        return self.matmat(v[None])[0] if v.dim() == 1 else self.matmat(v.t()).t()
+
+    def matmat(self, v: Tensor) -> Tensor:
+        """The products with K vectors, ``[K, n]`` to ``[K, n]``; K = 0 gives an empty result."""
+        return self._over_data(v, self._products)
+
+    def block_matmat(self, v: Tensor) -> Tensor:
+        """Each parameter's own block of the matrix times its part of K vectors, ``[K, n]`` to ``[K, n]``: the matrix
+        without what couples two parameters."""
+        return self._over_data(v, self._block_products)
+
+    def to_scipy(self) -> Any:
+        """The operator as a ``scipy.sparse.linalg.LinearOperator`` over NumPy arrays."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def product(array):
+            v = torch.as_tensor(array, dtype=self.dtype, device=self.device)
+            return (self @ v.reshape(self.shape[0], -1)).reshape(v.shape).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(self.shape, matvec=product, matmat=product, rmatvec=product, rmatmat=product, dtype=dtype)
+
+    def of_class(self, label: int, weight: Callable[[Any], Tensor] | None = None) -> Operator:
+        """The same operator over the rows of one class alone: the mean (or sum) of their losses.
+
+        Args:
+            label: the class; targets are class indices ``[B]``.
+            weight: other weights of rows, targets to ``[B]``; then ``label`` is not looked at.
+        """
+        weight = weight or (lambda target: (target == label).to(self.dtype))
+        problem = self._problem
+        options = {**self._arguments, **self._own(), "row_weight": weight}
+        return type(self)(problem.model, problem.loss_fn, self._data, problem.names, **options)
+
+    def _own(self) -> dict[str, Any]:
+        """Arguments of this kind of operator alone."""
+        return {}
+
+    def _check(self, v: Any, size: tuple[int, ...], want: str) -> None:
+        if not isinstance(v, Tensor):
+            _checks.fail(self._name, "V", "be a tensor", type(v))
+        n = self.shape[0]
+        if v.dim() not in (1, 2) or v.shape[0] != n:
+            _checks.fail(self._name, "V", f"have shape {want.format(n)}", list(v.shape))
+        self._check_kind(v)
+
+    def _check_kind(self, v: Tensor) -> None:
+        if v.dtype != self.dtype or v.device != self.device:
+            _checks.fail(self._name, "V", f"be {self.dtype} on {self.device}", f"{v.dtype} on {v.device}")
+
+    def _over_data(self, v: Tensor, products: Callable[[Batch, Tensor], Tensor]) -> Tensor:
+        """The mean or sum over all batches and ranks of the products of each batch."""
+        if not isinstance(v, Tensor) or v.dim() != 2 or v.shape[1] != self.shape[0]:
+            got = list(v.shape) if isinstance(v, Tensor) else type(v)
+            _checks.fail(self._name, "V", f"have shape [K, n={self.shape[0]}]", got)
+        self._check_kind(v)
+        v = v.detach()
+        total = torch.zeros_like(v, memory_format=torch.contiguous_format)
+        if not v.shape[0]:
+            return total
+        weight = 0.0
+        for whole in _batch.batches(self._name, self._data):
+            self._check_split(whole)
+            for batch in whole.split(self._microbatch):
+                weight += self._problem.weight(batch)
+                share = self._problem.share(batch)
+                for rows, into in zip(v.split(self._chunk or len(v)), total.split(self._chunk or len(v)), strict=True):
+                    into.add_(products(batch, rows), alpha=share)
+        if self._group is not None:
+            weight = self._reduced(total, weight)
+        return total.div_(weight) if self._problem.reduction == "mean" and weight else total
+
+    def _reduced(self, total: Tensor, weight: float) -> float:
+        """The sum over the ranks of a process group (``True``: the default one)."""
+        group = None if self._group is True else self._group
+        torch.distributed.all_reduce(total, group=group)
+        count = torch.tensor(weight, dtype=torch.float64, device=total.device)
+        torch.distributed.all_reduce(count, group=group)
+        return float(count)
+
+    def _check_split(self, batch: Batch) -> None:
+        if self._microbatch is None or self._microbatch >= batch.size:
+            return
+        for name, module in self._problem.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+                _checks.fail(
+                    self._name, "microbatch", "be None where samples of a batch depend on each other",
+                    f"{self._microbatch}, and {name} in train mode", "; put it into eval mode",
+                )  # fmt: skip
+
+    def _products(self, batch: Batch, v: Tensor) -> Tensor:
+        """Products of one batch's matrix with ``[K, n]``."""
+        return self._packed(v, self._pushed(batch, dict(enumerate(unpacked(v, self._problem.params)))))
+
+    def _block_products(self, batch: Batch, v: Tensor) -> Tensor:
+        parts = unpacked(v, self._problem.params)
+        return self._packed(v, [self._pushed(batch, {i: part}, [i])[0] for i, part in enumerate(parts)])
+
+    def _packed(self, v: Tensor, parts: list[Tensor | None]) -> Tensor:
+        out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+        for where, part in zip(self.blocks.values(), parts, strict=True):
+            if part is not None:
+                out[:, where] = part.reshape(len(v), -1)
+        return out
+
+    def _pushed(
+        self, batch: Batch, tangents: dict[int, Tensor], wanted: list[int] | None = None
+    ) -> list[Tensor | None]:
+        """Results for some parameters (by number) of K tangents of some parameters, at one batch."""
+        raise NotImplementedError
+
+
+class Hessian(Operator):
+    """The Hessian of the loss of a model on data, ``H = mean_i d^2 l(f(x_i), y_i) / dw^2``, exact.
+
+    ``H @ V`` linearises the gradient once for each batch and pushes all K vectors through it together: 2F + 6F K
+    multiply-adds where a forward pass takes F. In a quantized network the in-range mask and the residual of each
+    quantizer are frozen, so that H is symmetric; the gradient factor f of a scale makes it D H D with D = f there.
+
+    Args:
+        model: any module; in the mode it is in. Batch norm in train mode uses the batch's statistics and leaves its
+            running ones alone; dropout draws one mask for each linearisation, the same for all vectors.
+        loss_fn: ``(output, target) -> scalar``, the mean (or sum) over the rows of a batch.
+        data: list of ``(inputs, targets)``, or another iterable that can be gone through again. Inputs may be a tuple
+            (arguments) or a dict (keywords). Batches are weighted by their number of rows.
+        params: which parameters: names, ``fnmatch`` patterns or the tensors; those that require a gradient by default.
+            Tied parameters count once, under their first name. A parameter that the loss does not reach has zeros.
+        reduction: ``"mean"`` over all rows or ``"sum"``; ``loss_fn`` must reduce in the same way.
+        row_weight: weights of rows, ``targets -> [B]``; the loss is then taken row by row and its weighted mean used.
+        chunk: at most so many vectors at once; memory is about (1 + chunk) times that of one gradient's activations.
+        microbatch: at most so many rows at once; refused where batch norm in train mode couples them.
+        tangent_dtype: type in which tangents are computed, such as ``torch.bfloat16``: faster and less exact (relative
+            error of a product about 1e-2 on a convolutional network of 6 layers); None for that of the parameters.
+        process_group: sum products over the ranks of this group (``True``: the default one), each with its own data.
+        method: ``"auto"``: the engine, and double backward with a warning where a function cannot be traced.
+            ``"engine"``, ``"double_backward"``, ``"finite_difference"`` (:mod:`fastflat.curvature` compares them).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. The model is unchanged in every case: modes, buffers,
+            gradients, random state.
+
+    Source: Pearlmutter, Neural Computation 6(1), 1994, for the R-operator.
+    """
+
+    def __init__(self, model, loss_fn, data, params=None, *, method: str = "auto", **options) -> None:
+        super().__init__(model, loss_fn, data, params, **options)
+        if method not in ("auto", "engine", *_LOOPS):
+            names = ", ".join(map(repr, ("auto", "engine", *_LOOPS)))
+            _checks.fail(self._name, "method", f"be one of {names}", repr(method))
+        self._method = method
+
+    def _own(self) -> dict[str, Any]:
+        return {"method": self._method}
+
+    def _pushed(self, batch, tangents, wanted=None):
+        wanted = range(len(self._problem.names)) if wanted is None else wanted
+        if self._method not in _LOOPS:
+            try:
+                linear, traced = self._problem.at(batch, with_outputs=False)
+            except Untraceable as reason:
+                if self._method == "engine":
+                    raise
+                self._method = "double_backward"
+                warnings.warn(f"fastflat.{self._name}: {reason}; double backward takes its place", stacklevel=5)
+            else:
+                seeds = {traced.params[i]: t for i, t in tangents.items()}
+                return linear.push(seeds, [traced.gradients[i] for i in wanted])
+        return self._looped(batch, tangents, wanted)
+
+    def _looped(self, batch, tangents, wanted):
+        problem = self._problem
+        params = [p.detach() for p in problem.params]
+        k = len(next(iter(tangents.values())))
+        full = [tangents[i] if i in tangents else p.new_zeros(k, *p.shape) for i, p in enumerate(params)]
+        held, buffers = problem.state()
+        inputs, targets = batch.together(batch.tensors)
+
+        def loss(values):
+            state = dict(zip(problem.names, values, strict=True))
+            state |= {n: t.detach() for n, t in held.items()} | {n: b.detach().clone() for n, b in buffers.items()}
+            with torch.random.fork_rng({self.device} if self.device.type == "cuda" else ()):
+                return problem.loss(_batch.called(problem.model, state, inputs), targets)
+
+        found = _LOOPS[self._method](loss, params, full)
+        return [found[i] for i in wanted]
