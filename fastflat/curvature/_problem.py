@@ -17,7 +17,7 @@ from fastflat.curvature._batch import Batch, called
 from fastflat.curvature._differentiate import gradient, scalar
 from fastflat.curvature._interpreter import Linear
 from fastflat.curvature._program import Program
-from fastflat.curvature._trace import Constants, trace
+from fastflat.curvature._tracing import Constants, trace
 
 
 class Traced(NamedTuple):

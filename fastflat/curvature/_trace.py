@@ -1,124 +1,164 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tracing a function down to ATen calls."""
+"""Traces and diagonals from random probes: of the whole operator, of its blocks, with and without a sketch."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from fastflat.backends import dispatched
-from fastflat.curvature._program import Program, Untraceable, mutates, program_of
-from fastflat.curvature._rules import RULES
-
-_STOP = torch.ops.aten.detach_copy.default
+from fastflat.curvature import _estimate, _sketch, _vectors
+from fastflat.curvature._estimate import Bar, Estimate, Operator
+from fastflat.curvature._probes import LEAST, Probes
 
 
-def trace(function: Callable, *examples: Sequence[Tensor]) -> Program:
-    """The program of ``function(twice, *lists) -> list of tensors or None``.
+def trace(
+    op: Operator,
+    rtol: float = 0.05,
+    max_products: int | None = None,
+    chunk: int = 8,
+    method: str = "hutchinson",
+    *,
+    atol: float = 0.0,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Estimate:
+    """``tr H`` from products with random signs.
 
-    ``twice`` asks for first derivatives that can be differentiated again by autograd. Without it they are shorter, but
-    those of some ops read results of the forward that count as constants, such as the factors of a determinant: then
-    the function is traced again with it.
+    Args:
+        op: a symmetric operator [n, n].
+        rtol: stop when the standard error is no more than ``rtol |value|``, and not before 16 probes and two chunks, 8
+            probes with ``"xtrace"``.
+        max_products: stop there anyway, with ``converged=False``. 1000, or 96 with a sketch, where None.
+        chunk: vectors in one product.
+        method: ``"hutchinson"``, the mean of ``v^T H v``, exact on diagonal matrices. ``"hutch++"``: the trace on the
+            range of a third of the products, exactly, and Hutchinson's mean of the rest; exact where the rank of H is
+            no more than that third. ``"xtrace"``: the same with every probe in both roles; exact where the rank is
+            less than half of the products. Both keep as many vectors as the sketch has, twice for ``"xtrace"``, and
+            pay when eigenvalues fall off fast.
+        atol: a standard error that is small enough whatever the value.
+        generator: of the probes, on the device of the operator; the global one if None.
+        progress: show a bar (tqdm).
 
-    The function runs once, on tensors without data: nothing is computed or drawn, and what it does in place is
-    followed in the trace and reaches nobody. Attention is computed by its mathematical form, whose derivatives exist.
+    Returns:
+        Value and standard error as floats. Exact, with an error of 0, where n is at most 16 and ``max_products``.
 
     Raises:
-        Untraceable: control flow that depends on values, or an operation that no trace can hold.
+        ValueError, TypeError: arguments out of range.
+        FloatingPointError: a product holds NaN or infinity.
+
+    Source: Hutchinson, Communications in Statistics 19 (1990); Meyer, Musco, Musco and Woodruff, Hutch++, SOSA 2021,
+    algorithm 1; Epperly, Tropp and Webber, XTrace, SIAM J. Matrix Anal. Appl. 45 (2024), section 2.
     """
-    examples = [[t.detach() for t in group] for group in examples]
-    try:
-        with sdpa_kernel(SDPBackend.MATH), dispatched(), _no_fused_recurrence(), torch.random.fork_rng([]):
-            graph = _graph(functools.partial(function, False), examples)
-            if any(_reads_constants(node) for node in graph.graph.nodes):
-                graph = _graph(functools.partial(function, True), examples)
-    except Untraceable:
-        raise
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        lines = str(error).strip().splitlines()
-        raise Untraceable(lines[0] if lines else type(error).__name__) from error
-    return program_of(graph, sum(map(len, examples)))
+    n = _estimate.dimension("trace", op, generator)
+    _estimate.one_of("trace", "method", method, tuple(_METHODS))
+    least, limit = (1, 1000) if method == "hutchinson" else (4, 96)
+    limit = _estimate.count("trace", "max_products", limit if max_products is None else max_products, least)
+    run = Probes("trace", op, rtol, atol, limit, chunk, generator)
+    with Bar("trace", limit, progress) as run.bar:
+        if n <= min(LEAST, limit):
+            return Estimate(float(run.exact_diagonal(n).sum()), 0.0, n, True)
+        return _number(_METHODS[method](run))
 
 
-def _graph(function: Callable, examples: list[list[Tensor]]) -> Any:
-    from torch.fx.experimental.proxy_tensor import make_fx  # a second of imports that others need not wait for
+def layer_traces(
+    op: Operator,
+    rtol: float = 0.1,
+    max_products: int = 1000,
+    chunk: int = 8,
+    *,
+    atol: float = 0.0,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> dict[str, Estimate]:
+    """``tr H_bb`` of each diagonal block of an operator, by the name of its parameter.
 
-    graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
-    if any(mutates(node) for node in graph.graph.nodes):
-        graph = make_fx(torch.func.functionalize(graph), tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
-    return graph
+    Probes have random signs everywhere and give ``v_b^T (H v)_b`` of all blocks at once. Where the operator has
+    ``block_matmat``, each block gets probes of its own instead: they cost less and have no variance from other blocks.
 
+    Args:
+        op: a symmetric operator with ``blocks``.
+        rtol: stop when each standard error is no more than ``rtol |value|``, and not before 16 probes and two chunks.
+        max_products: stop there anyway, with ``converged=False`` for those that are not there. With ``block_matmat``
+            the limit is for each block.
+        chunk, generator, progress: as for :func:`trace`.
+        atol: a standard error that is small enough whatever the value. A block whose trace is nearly zero needs it.
 
-def _reads_constants(node: Any) -> bool:
-    """Whether a floating result beside the first is read of an op that has no rule to say how it moves."""
-    if node.target is not operator.getitem or node.args[1] == 0 or not node.users:
-        return False
-    value, op = node.meta.get("val"), node.args[0].target
-    return isinstance(value, Tensor) and value.is_floating_point() and op not in RULES
+    Returns:
+        The names in the order of ``op.blocks``. Exact for an own block of at most 16 entries.
 
+    Raises:
+        ValueError, TypeError: arguments out of range.
+        FloatingPointError: a product holds NaN or infinity.
 
-class Constants(TorchFunctionMode):
-    """Marks, while a forward pass is traced, what autograd holds constant: results of ``detach`` and of code under
-    ``no_grad``. A trace of the operations alone would let tangents through."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        self._known = {id(t) for t in known}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        writes = bool(args) and _in_place(func) and isinstance(args[0], Tensor)
-        if writes and not isinstance(args[0], FakeTensor):
-            args = (args[0].clone(), *args[1:])  # state that the function did not get as an argument stays as it is
-        if not torch.is_grad_enabled() or func in (torch.Tensor.requires_grad.__get__, torch.Tensor.grad_fn.__get__):
-            return func(*args, **kwargs)
-        given = [t for t in _tensors((args, kwargs)) if t.is_floating_point()]
-        if any(t.requires_grad for t in given):
-            into = args[:1] if writes else ()
-            args, kwargs = _mapped((args[len(into) :], kwargs), self._constant)
-            args = (*into, *args)
-            result = func(*args, **kwargs)
-            return _mapped(result, self._constant) if func in _CUTS else result
-        return func(*args, **kwargs)
-
-    def _constant(self, t: Tensor) -> Tensor:
-        if t.requires_grad or id(t) in self._known or not t.is_floating_point():
-            return t
-        return _STOP(t)
-
-
-def _in_place(func: Callable) -> bool:
-    name = getattr(func, "__name__", "")
-    return name == "__setitem__" or (name.startswith("__i") if name.endswith("__") else name.endswith("_"))
+    Source: Dong et al., HAWQ-V2, NeurIPS 2020, section 3, with a standard error.
+    """
+    n = _estimate.dimension("layer_traces", op, generator)
+    limit = _estimate.count("layer_traces", "max_products", max_products, 1)
+    run = Probes("layer_traces", op, rtol, atol, limit, chunk, generator)
+    blocks = dict(op.blocks)
+    own = getattr(op, "block_matmat", None)
+    with Bar("layer_traces", limit * (len(blocks) if own else 1), progress) as run.bar:
+        if own is not None:
+            return {name: _own_block(run, name, len(range(*s.indices(n)))) for name, s in blocks.items()}
+        slices = list(blocks.values())
+        found = run.average(n, lambda V: _vectors.quadratic_forms(V, run.product(V), slices))
+    return {name: _number(found, t) for t, name in enumerate(blocks)}
 
 
-_CUTS = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}
+def diagonal(
+    op: Operator,
+    rtol: float = 0.1,
+    max_products: int = 1000,
+    chunk: int = 8,
+    *,
+    atol: float = 0.0,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Estimate:
+    """The diagonal of H [n]: ``sum_k v_k * H v_k / sum_k v_k * v_k`` over random signs, exact for diagonal H.
+
+    Args:
+        op: a symmetric operator [n, n].
+        rtol: stop when ``|stderr| <= rtol |value|`` in the 2-norm over the entries. The error falls as one over the
+            root of the products, and what it starts from is the weight beside the diagonal.
+        atol: a norm of the standard errors that is small enough whatever the value.
+        max_products, chunk, generator, progress: as for :func:`trace`.
+
+    Returns:
+        Value and standard error of each entry, [n] in float64 on the device of the operator.
+
+    Raises:
+        ValueError, TypeError: arguments out of range.
+        FloatingPointError: a product holds NaN or infinity.
+
+    Source: Bekas, Kokiopoulou and Saad, Applied Numerical Mathematics 57 (2007), equation 2.
+    """
+    n = _estimate.dimension("diagonal", op, generator)
+    limit = _estimate.count("diagonal", "max_products", max_products, 1)
+    run = Probes("diagonal", op, rtol, atol, limit, chunk, generator)
+    with Bar("diagonal", limit, progress) as run.bar:
+        if n <= min(LEAST, limit):
+            exact = run.exact_diagonal(n)
+            return Estimate(exact, torch.zeros_like(exact), n, True)
+        found = run.average(n, lambda V: run.product(V) * V, torch.linalg.vector_norm)
+    return Estimate(found.value, found.stderr, found.products, bool(found.converged))
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _mapped(tree, lambda t: found.append(t) or t)
-    return found
+def _hutchinson(run: Probes) -> Estimate:
+    return run.average(run.op.shape[0], run.forms)
 
 
-def _mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, change, tree)
+_METHODS = {"hutchinson": _hutchinson, "hutch++": _sketch.hutch_plus_plus, "xtrace": _sketch.xtrace}
 
 
-@contextlib.contextmanager
-def _no_fused_recurrence():
-    """Recurrent layers in plain operations: the fused ones of oneDNN and cuDNN have no second derivative."""
-    enabled, *_ = torch.backends.mkldnn.set_flags(False)
-    try:
-        with torch.backends.cudnn.flags(enabled=False):
-            yield
-    finally:
-        torch.backends.mkldnn.set_flags(enabled)
+def _own_block(run: Probes, name: str, n: int) -> Estimate:
+    if n <= min(LEAST, run.limit):
+        return Estimate(float(run.exact_diagonal(n, name).sum()), 0.0, n, True)
+    return _number(run.average(n, lambda V: run.forms(V, name)))
+
+
+def _number(found: Estimate, place: int | tuple = ()) -> Estimate:
+    """An entry of an estimate in Python's numbers."""
+    entries = (x[place].item() if isinstance(x, Tensor) else x for x in (found.value, found.stderr, found.converged))
+    value, stderr, converged = entries
+    return Estimate(value, stderr, found.products, converged)

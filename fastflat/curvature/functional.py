@@ -15,7 +15,7 @@ from fastflat import _checks
 from fastflat.curvature._differentiate import double_backward, finite_difference, gradient, scalar
 from fastflat.curvature._interpreter import Linear
 from fastflat.curvature._program import Untraceable
-from fastflat.curvature._trace import Constants, trace
+from fastflat.curvature._tracing import Constants, trace
 
 _LOOPS = {"double_backward": double_backward, "finite_difference": finite_difference}
 

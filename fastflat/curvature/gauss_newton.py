@@ -16,7 +16,7 @@ from fastflat.curvature._batch import Batch
 from fastflat.curvature._differentiate import gradient
 from fastflat.curvature._interpreter import Linear
 from fastflat.curvature._problem import Traced
-from fastflat.curvature._trace import Constants, trace
+from fastflat.curvature._tracing import Constants, trace
 from fastflat.curvature.operators import Operator
 
 
