@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks whose parameters the optimizers' cases have, for the passes that a step stands beside."""
+"""The networks of the benchmarks of whole steps and of curvature."""
 
 from __future__ import annotations
 
@@ -44,3 +44,70 @@ class ResNet18(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
         return self.fc(self.blocks(x).mean((2, 3)))
+
+
+class ConvNet(nn.Module):
+    """3x3 convolutions with batch norm, the side halved by each after the first, then one linear layer."""
+
+    def __init__(self, channels: int, widths: tuple[int, ...], classes: int = 10) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for number, (before, width) in enumerate(itertools.pairwise((channels, *widths))):
+            conv = nn.Conv2d(before, width, 3, stride=1 if number == 0 else 2, padding=1, bias=False)
+            blocks += [conv, nn.BatchNorm2d(width), nn.ReLU()]
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(x).mean((2, 3)))
+
+
+class SmallResNet18(nn.Module):
+    """ResNet-18 for images of 32x32: a 3x3 stem without pooling."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        whole = ResNet18()
+        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.bn1, self.blocks = whole.bn1, whole.blocks
+        self.fc = nn.Linear(512, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(F.relu(self.bn1(self.conv1(x)))).mean((2, 3)))
+
+
+class _Attention(nn.Module):
+    """A transformer's layer, norms first; attention in plain operations, of which every tool has derivatives."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """Two layers over vectors, and a class for each sequence."""
+
+    def __init__(self, width: int = 128, heads: int = 4, layers: int = 2, classes: int = 10) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(_Attention(width, heads) for _ in range(layers)))
+        self.norm, self.fc = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.layers(x)).mean(1))
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers of these sizes with ReLU between them."""
+    layers: list[nn.Module] = []
+    for before, size in itertools.pairwise(sizes):
+        layers += [nn.Linear(before, size), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])

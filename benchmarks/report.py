@@ -151,6 +151,30 @@ def optimizer_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     return head, lines
 
 
+def curvature_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of products with curvature matrices: for each case fastflat's seconds of all K vectors, the
+    gradients that one vector costs each peer, fastflat's error and its peak memory in those of a gradient."""
+    rows = result["rows"]
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    head = ["matrix", "network", "parameters", "K", "threads", "gradient", "fastflat", *peers, "error", "peak"]
+    grouped: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[f] for f in ("mode", "network", "quantized", "parameters", "k", "threads"))
+        grouped.setdefault(key, {})[row["peer"]] = row
+    lines = []
+    for (mode, network, quantized, parameters, k, threads), by_peer in grouped.items():
+        unit = next(iter(by_peer.values()))["gradient_seconds"]
+        ours = by_peer.get(_OURS, {})
+        line = [mode, f"{network} {'4 bits' if quantized else 'plain'}", f"{parameters}", f"{k}", f"{threads}"]
+        line += [seconds(unit), seconds(ours["seconds"]) if "seconds" in ours else "-"]
+        line += [f"{by_peer[p]['gradients']:.2f}" if by_peer.get(p, {}).get("gradients") else "-" for p in peers]
+        line.append(f"{ours['error']:.0e}" if "error" in ours else "-")
+        peak = ours.get("peak_bytes")
+        line.append(f"{peak / max(ours['gradient_peak_bytes'], 1):.1f}" if peak else "-")
+        lines.append(line)
+    return head, lines
+
+
 def compare_table(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and lines: each row that both runs have, and the new time over the old, in copies of its own run."""
     before = {(*[row.get(f) for f in CASE], row["peer"]): row for row in old["rows"]}

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cases import Data
 from ..cases.fake_quantize_list import ListData
 from ..cases.sharpness import StepData
-from . import bitplanes, builtin, compiled, eager, floor, libraries, lists, ours, steps
+from . import bitplanes, builtin, compiled, eager, floor, libraries, lists, ours, products, steps
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -59,6 +59,19 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
         "passes": steps.passes,
     },
     "descent": {"fastflat": steps.base, "torch-fused": steps.torch_fused, "torch": steps.torch_plain},
+    "curvature": {
+        "fastflat": products.fused,
+        "fastflat-bf16": products.fused_bf16,
+        "double-backward": products.double_backward,
+        "pyhessian": products.pyhessian,
+        "curvlinops": products.curvlinops,
+        "eigenthings": products.eigenthings,
+        "func-vmap": products.func_vmap,
+        "func-loop": products.func_loop,
+        "linearize": products.func_linearize,
+        "compile": products.func_compiled,
+        "finite-difference": products.finite_difference,
+    },
     "identity": {"mul": floor.mul, "fastflat": ours.identity, "clone": floor.clone},
 }
 

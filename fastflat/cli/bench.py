@@ -27,6 +27,8 @@ _FAMILIES = (
 )
 #: Families whose cases are steps of optimizers.
 _STEPS = ("sharpness", "descent")
+#: Families whose cases are products with matrices.
+_PRODUCTS = ("curvature",)
 #: Peers of fake_quantize that only run when they are named.
 _ON_REQUEST = ("builtin-fixed",)
 _STEP_PEERS = "fp32,view,identity,mul,fastflat,eager,builtin"
@@ -252,6 +254,51 @@ def sharpness(**options: Any) -> None:
 
 
 @bench.command()
+@click.option(
+    "--networks", default="mlp,convnet,small,transformer", show_default=True,
+    help="Of mlp, convnet, small, transformer, resnet18.",
+)  # fmt: skip
+@click.option("--forms", default="plain,quantized", show_default=True, help="Of plain, quantized (4 bits).")
+@click.option("--matrices", default="hessian,ggn", show_default=True, help="Of hessian, ggn.")
+@click.option("--k", "counts", default="1,8", show_default=True, help="Numbers of vectors at once.")
+@click.option("--peers", help="Who computes. [default: all]")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@_THREADS
+@_ALLOCATOR
+@click.option("--quick", is_flag=True, help="Fewer rounds.")
+@_JSON
+def curvature(**options: Any) -> None:
+    """K products with a network's Hessian or Gauss-Newton matrix at one batch, from nothing, beside other tools.
+
+    Columns of peers are gradients (one forward and backward of the same batch) that one vector costs. "error" is
+    fastflat's, relative to fp64; "peak" its memory in that of a gradient. double-backward: one graph for all vectors;
+    func-*: torch.func; PyHessian, curvlinops and hessian-eigenthings where they are installed.
+
+    \b
+    Examples:
+      fastflat bench curvature --threads 1
+      fastflat bench curvature --networks resnet18 --matrices hessian --k 8 --json result.json
+    """
+    peers, measure, cases = package("peers"), package("measure"), package("cases.curvature")
+    device = _device(options["device"])
+    named = _chosen_peers(options["peers"], _PRODUCTS, peers.PEERS)["curvature"]
+    names = _known("networks", options["networks"], cases.NETWORKS)
+    forms = [form == "quantized" for form in _known("forms", options["forms"], ("plain", "quantized"))]
+    modes = _known("matrices", options["matrices"], cases.MODES)
+    counts = parse_counts(options["counts"])
+    threads = parse_threads(options["threads"]) if device.type == "cpu" else [torch.get_num_threads()]
+    _writable(options["json_file"])
+    memory = _memory(options["allocator"])
+    effort = measure.QUICK if options["quick"] else measure.Effort(seconds=8.0, rounds=(5, 30))
+    result = {"benchmark": "curvature", **_where(device, memory), "effort": vars(effort), "rows": []}
+    chosen = list(cases.cases(names, forms, counts, modes))
+    runs = package("products").all_rows(chosen, named, threads, effort, device)
+    for rows in _with_bar(runs, len(chosen) * len(threads)):
+        result["rows"] += rows
+    _finish(result, "curvature_table", options["json_file"])
+
+
+@bench.command()
 @click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def compare(old: Path, new: Path) -> None:
@@ -289,6 +336,15 @@ def parse_sizes(text: str) -> list[int]:
         if size & (size - 1) or not _SMALLEST <= size <= _LARGEST:
             raise ValueError(f"bench: --sizes must be powers of two from {_SMALLEST} to {_LARGEST}, got {size}")
     return list(dict.fromkeys(sizes))
+
+
+def parse_counts(text: str) -> list[int]:
+    """``1,8``: numbers of vectors."""
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not (part.isdecimal() and 1 <= int(part) <= 1024):
+            raise ValueError(f"bench: --k must be numbers from 1 to 1024, got {part!r}")
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def parse_threads(text: str) -> list[int]:
