@@ -8,8 +8,8 @@
 //   void open(const Piece<streams>&)              reads once a thread the numbers of the tensor
 //   auto read(const Piece<streams>&, int64_t at) const                      the inputs of the pack at `at`
 //   void write(const Piece<streams>&, int64_t at, const Inputs&) const      its results, or of sums
-//   void add(const Piece<streams>&, int64_t at, const Inputs&, Sums<double, 3>&) const
-// and may have `blocks_at_once`, and `backwards`: it starts with the end of the list.
+//   void add(const Piece<streams>&, int64_t at, const Inputs&, Sums<double, sums>&) const
+// and may have `blocks_at_once`, `sums`, a number other than 3, and `backwards`: it starts with the end of the list.
 #pragma once
 
 #include <vector>
@@ -26,6 +26,15 @@ inline constexpr bool runs_backwards = [] {
     return F::backwards;
   } else {
     return false;
+  }
+}();
+
+template <class F>
+inline constexpr int sums_of_list = [] {
+  if constexpr (requires { F::sums; }) {
+    return F::sums;
+  } else {
+    return 3;
   }
 }();
 
@@ -62,19 +71,20 @@ struct Add {
   }
 };
 
-// Three sums of each chunk of 16384 elements, numbered through the list.
+// The sums of each chunk of 16384 elements, numbered through the list.
 template <class F>
 __global__ void __launch_bounds__(kBlock, blocks_at_once<F>)
     list_sums_kernel(const __grid_constant__ ListTable<F::streams> table, F f, double* partials) {
   const auto piece = piece_of(table, blockIdx.x, false);
   f.open(piece);
-  Sums<double, 3> sums{};
+  constexpr int count = sums_of_list<F>;
+  Sums<double, count> sums{};
   walk(f, piece, [&](int64_t at, const auto& in) { f.add(piece, at, in, sums); });
   combine_team<Add>(sums, kBlock);
   if (threadIdx.x != 0) return;
-  double* const to = partials + 3 * (table.first[piece.slot] + piece.chunk);
+  double* const to = partials + count * (table.first[piece.slot] + piece.chunk);
 #pragma unroll
-  for (int k = 0; k < 3; ++k) to[k] = sums.v[k];
+  for (int k = 0; k < count; ++k) to[k] = sums.v[k];
   platform::count_written(sizeof(sums));
 }
 
@@ -264,8 +274,8 @@ cudaError_t launch_list_sums(const List<F::streams>& list, const std::vector<int
   return launch_list<F, false>(list_sums_kernel<F>, list, members, stream, f, partials);
 }
 
-// The sums of all tensors to `result` [T, 3]; their `first` are chunks in the order of the list.
-template <int streams>
+// The sums of all tensors to `result` [T, K]; their `first` are chunks in the order of the list.
+template <int K = 3, int streams>
 cudaError_t launch_list_totals(const List<streams>& list, const double* partials, double* result, cudaStream_t stream) {
   Spans spans;
   for (size_t begin = 0; begin < list.size(); begin += Spans::capacity) {
@@ -274,7 +284,7 @@ cudaError_t launch_list_totals(const List<streams>& list, const double* partials
     const ListTensor<streams>& last = list[begin + count - 1];
     spans.first[count] = last.first + list_chunks(last.size);
     const cudaError_t error =
-        launch(list_total_kernel<3>, static_cast<int64_t>(count), kBlock, stream, spans, partials, result + 3 * begin);
+        launch(list_total_kernel<K>, static_cast<int64_t>(count), kBlock, stream, spans, partials, result + K * begin);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
