@@ -4,12 +4,22 @@
 import pytest
 import torch
 
-from .cases import bitplane, descent, fake_quantize, fake_quantize_list, general_quantize, identity, mixquant, sharpness
+from .cases import (
+    bitplane,
+    descent,
+    fake_quantize,
+    fake_quantize_list,
+    general_quantize,
+    identity,
+    mixquant,
+    sharpness,
+    vectors,
+)
 from .peers import PEERS, Unsupported, prepare
 
 SIZES = (2**12, 2**16)
 CASES = [*fake_quantize.cases(SIZES, [torch.float32]), *identity.cases(SIZES, [torch.float32])]
-for module in (fake_quantize_list, general_quantize, mixquant, bitplane):
+for module in (fake_quantize_list, general_quantize, mixquant, bitplane, vectors):
     CASES += module.cases(SIZES, [torch.float32])
 for module in (sharpness, descent):
     CASES += module.cases(["small"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cases import Data
 from ..cases.fake_quantize_list import ListData
 from ..cases.sharpness import StepData
-from . import bitplanes, builtin, compiled, eager, floor, libraries, lists, ours, products, steps
+from . import bitplanes, builtin, compiled, eager, floor, libraries, lists, ours, products, steps, vectors
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -72,6 +72,7 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
         "compile": products.func_compiled,
         "finite-difference": products.finite_difference,
     },
+    "vectors": {"fastflat": vectors.ours, "matrices": vectors.matrices, "loop": vectors.loop},
     "identity": {"mul": floor.mul, "fastflat": ours.identity, "clone": floor.clone},
 }
 

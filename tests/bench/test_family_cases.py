@@ -82,3 +82,19 @@ def test_network_has_the_parameters_of_its_list():
     listed = bench.package("cases.sharpness").LISTS["resnet18"]
     assert sorted(shapes) == sorted(listed)
     assert sum(map(math.prod, shapes)) == 11_689_512
+
+
+def test_vector_work_is_the_same_by_matrices_and_slice_by_slice(benchmarks):
+    module = bench.package("cases.vectors")
+    for name in module.GRANULARITIES:
+        found = []
+        for peer in ("fastflat", "matrices", "loop"):
+            data = next(module.cases([1000], [torch.float64], [name])).data(CPU)
+            result = benchmarks.peers.PEERS["vectors"][peer](data)(data.x, data.scale)
+            if name == "signs":
+                result = torch.cat(result) if peer == "loop" else result
+                assert set(result.unique().tolist()) == {-1.0, 1.0}
+                continue
+            found.append([torch.as_tensor(result, dtype=torch.float64), data.x])
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0])

@@ -24,14 +24,14 @@ PAIRS = {
 STREAM = 0x57  # any address: the kernels only hand it on
 
 
-def _lists() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{__name__}_lists", Path(__file__).with_name("emulated_lists.py"))
+def _part(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{__name__}_{name}", Path(__file__).with_name(f"emulated_{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-class Emulated(_lists().ListOps):
+class Emulated(_part("lists").ListOps, _part("vectors").VectorOps):
     """Launches the kernels of `module` on dense CPU tensors whose storage starts on 16 bytes."""
 
     def __init__(self, module: ModuleType) -> None:

@@ -5,6 +5,7 @@
 #include "core/lists.h"
 #include "core/storage.h"
 #include "core/tensor.h"
+#include "core/vector_checks.h"
 #include "cuda/device.h"
 #include "cuda/scaled.h"
 
@@ -19,3 +20,4 @@
 #include "cuda/liq.cpp"
 #include "cuda/mixquant.cpp"
 #include "cuda/sharpness.cpp"
+#include "cuda/vectors.cpp"
