@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import measure
-from .cases.curvature import ProductCase, ProductData
+from .product_cases import ProductCase, ProductData
 from .measure import Effort
 from .peers import PEERS, Unsupported, products
 

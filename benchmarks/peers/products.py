@@ -144,6 +144,8 @@ def func_linearize(data) -> Call:
     """``vmap`` of ``torch.func.linearize``."""
     if data.case.mode != "hessian":
         raise ValueError("one linearisation of the gradient gives the Hessian")
+    if data.case.quantized:
+        raise ValueError("a linearised program holds fastflat's raw ops, over which vmap only loops")
 
     def call() -> Tensor:
         params = _detached(data)

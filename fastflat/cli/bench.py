@@ -279,7 +279,7 @@ def curvature(**options: Any) -> None:
       fastflat bench curvature --threads 1
       fastflat bench curvature --networks resnet18 --matrices hessian --k 8 --json result.json
     """
-    peers, measure, cases = package("peers"), package("measure"), package("cases.curvature")
+    peers, measure, cases = package("peers"), package("measure"), package("product_cases")
     device = _device(options["device"])
     named = _chosen_peers(options["peers"], _PRODUCTS, peers.PEERS)["curvature"]
     names = _known("networks", options["networks"], cases.NETWORKS)

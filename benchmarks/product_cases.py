@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fastflat
 from fastflat import QuantSpec
 
-from .. import networks
+from . import networks
 
 
 @dataclasses.dataclass(frozen=True)
