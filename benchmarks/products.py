@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import measure
-from .product_cases import ProductCase, ProductData
 from .measure import Effort
 from .peers import PEERS, Unsupported, products
+from .product_cases import ProductCase, ProductData
 
 _GRADIENT = "gradient"
 
