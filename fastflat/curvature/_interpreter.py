@@ -66,7 +66,7 @@ class Linear:
         self._values.update(zip(program.inputs, inputs, strict=True))
         self._made: dict[Any, Tensor] = {}
         if program.random:
-            devices = {t.device for t in inputs if t.device.type == "cuda"}
+            devices = list({t.device for t in inputs if t.device.type == "cuda"})
             with torch.random.fork_rng(devices):
                 for position in program.random:
                     self.value(position)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,18 @@ class Problem:
         """The parameters that are held constant, and the buffers."""
         held = {n: p for n, p in self.model.named_parameters() if n not in set(self.names)}
         return held, dict(self.model.named_buffers())
+
+    def output(self, batch: Batch, values: Sequence[Tensor]) -> Any:
+        """What the model returns for a batch with these values of the parameters; its state stays as it is."""
+        held, buffers = self.state()
+        state = dict(zip(self.names, values, strict=True)) | {n: t.detach() for n, t in held.items()}
+        state |= {n: b.detach().clone() for n, b in buffers.items()}
+        return called(self.model, state, batch.together(batch.tensors)[0])
+
+    def draws_given_back(self) -> AbstractContextManager:
+        """Inside, the random state moves; afterwards it is as before."""
+        device = self.params[0].device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
     def loss(self, output: Any, target: Any) -> Tensor:
         """The scalar loss of a batch; with weights of rows, their weighted sum."""

@@ -3,83 +3,121 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fastflat import _checks
 from fastflat.curvature._batch import Batch
 from fastflat.curvature._differentiate import gradient
 from fastflat.curvature._interpreter import Linear
-from fastflat.curvature._problem import Traced
+from fastflat.curvature._program import Program, Untraceable
 from fastflat.curvature._tracing import Constants, trace
 from fastflat.curvature.operators import Operator
+
+
+class Outputs(NamedTuple):
+    """The outputs of the model at one batch; ``kept`` is what an operator makes of them once."""
+
+    tensors: list[Tensor]
+    together: Callable[[list[Tensor]], Any]  # what the model returns, made of such tensors
+    kept: dict[Any, Any]
 
 
 class _ThroughOutputs(Operator):
     """``J^T M J`` with J the Jacobian of the outputs by the parameters; a subclass says what M does."""
 
+    _at: tuple[Linear, Outputs] | None = None
+    _loops = False
+
     def _pushed(self, batch, tangents, wanted=None):
-        linear, traced = self._problem.at(batch, with_outputs=True)
-        moved = linear.push({traced.params[i]: t for i, t in tangents.items()}, traced.outputs)
-        points = [linear.value(z) for z in traced.outputs]
-        k = len(next(iter(tangents.values())))
-        moved = [p.new_zeros(k, *p.shape) if m is None else m for m, p in zip(moved, points, strict=True)]
-        back = self._between(batch, linear, traced, points, moved)
-        seeds = {c: b for c, b in zip(traced.cotangents, back, strict=True) if b is not None}
         wanted = range(len(self._problem.names)) if wanted is None else wanted
+        if not self._loops:
+            try:
+                linear, traced = self._problem.at(batch, with_outputs=True)
+            except Untraceable as reason:
+                self._loops = True
+                warnings.warn(f"fastflat.{self._name}: {reason}; double backward takes its place", stacklevel=5)
+        if self._loops:
+            return self._looped(batch, tangents, wanted)
+        if self._at is None or self._at[0] is not linear:
+            self._at = (linear, Outputs([linear.value(z) for z in traced.outputs], traced.output_of, {}))
+        outputs = self._at[1]
+        moved = linear.push({traced.params[i]: t for i, t in tangents.items()}, traced.outputs)
+        k = len(next(iter(tangents.values())))
+        moved = [z.new_zeros(k, *z.shape) if m is None else m for m, z in zip(moved, outputs.tensors, strict=True)]
+        back = self._between(batch, outputs, moved)
+        seeds = {c: b for c, b in zip(traced.cotangents, back, strict=True) if b is not None}
         if not seeds:
             return [None] * len(wanted)
         return linear.push(seeds, [traced.gradients[i] for i in wanted])
 
-    def _between(
-        self, batch: Batch, linear: Linear, traced: Traced, points: list[Tensor], moved: list[Tensor]
-    ) -> list[Tensor | None]:
+    def _looped(self, batch, tangents, wanted):
+        """The same one vector after another: ``J v`` is the derivative, by the cotangent, of ``<J^T c, v>``."""
+        values = [p.detach().requires_grad_() for p in self._problem.params]
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            with self._problem.draws_given_back():
+                leaves, spec = pytree.tree_flatten(self._problem.output(batch, values))
+            out = [z for z in leaves if isinstance(z, Tensor) and z.requires_grad]
+            cotangents = [torch.zeros_like(z, requires_grad=True) for z in out]
+            pulled = torch.autograd.grad(out, values, cotangents, create_graph=True, allow_unused=True)
+            moving = [(i, g) for i, g in enumerate(pulled) if i in tangents and g is not None and g.requires_grad]
+            if not moving:
+                return [None] * len(wanted)
+            rows = []
+            for k in range(len(next(iter(tangents.values())))):
+                along = [tangents[i][k] for i, _ in moving]
+                row = torch.autograd.grad([g for _, g in moving], cotangents, along, retain_graph=True)
+                rows.append([r.detach() for r in row])
+
+        def together(tensors):
+            there = iter(tensors)
+            moves = (isinstance(z, Tensor) and z.requires_grad for z in leaves)
+            return pytree.tree_unflatten([next(there) if m else z for m, z in zip(moves, leaves, strict=True)], spec)
+
+        moved = [torch.stack(column) for column in zip(*rows, strict=True)]
+        back = self._between(batch, Outputs([z.detach() for z in out], together, {}), moved)
+        chosen = [values[i] for i in wanted]
+        found = [
+            torch.autograd.grad(out, chosen, row, retain_graph=True, allow_unused=True)
+            for row in zip(*back, strict=True)
+        ]
+        return [None if column[0] is None else torch.stack(column) for column in zip(*found, strict=True)]
+
+    def _between(self, batch: Batch, outputs: Outputs, moved: list[Tensor]) -> list[Tensor | None]:
         """M times K tangents of the outputs."""
         raise NotImplementedError
 
-    def _loss_at(self, batch: Batch, linear: Linear, targets: Any = None) -> tuple[Linear, list[int], list[int | None]]:
-        """The gradient of the loss by the outputs, linearised: inputs and outputs of its program."""
-        key = ("loss", targets is not None)
-        if key not in self._at_batch(linear):
-            self._at_batch(linear)[key] = self._linearised_loss(batch, linear, targets)
-        return self._at_batch(linear)[key]
-
-    def _at_batch(self, linear: Linear) -> dict[Any, Any]:
-        """What this operator keeps for as long as the model is linearised at one batch."""
-        if getattr(self, "_kept", (None,))[0] is not linear:
-            self._kept = (linear, {})
-        return self._kept[1]
-
-    def _linearised_loss(self, batch: Batch, linear: Linear, targets: Any):
-        _, traced = self._problem.at(batch, with_outputs=True)
-        points = [linear.value(z) for z in traced.outputs]
+    def _loss(self, batch: Batch, outputs: Outputs, targets: Any = None) -> tuple[Linear, Program]:
+        """The gradient of the loss by the outputs, linearised; targets are the batch's own unless given."""
         if targets is None:
             _, targets = batch.together(batch.tensors)
         leaves, spec = pytree.tree_flatten(targets)
         tensors = [t for t in leaves if isinstance(t, Tensor)]
-        shapes = tuple((t.shape, t.dtype) for t in (*points, *tensors))
+        shapes = tuple((t.shape, t.dtype) for t in (*outputs.tensors, *tensors))
         rest = tuple(None if isinstance(t, Tensor) else t for t in leaves)
         programs = self.__dict__.setdefault("_losses", {})
-        key = (shapes, spec, rest, id(traced))
+        key = (shapes, spec, rest)
         if key not in programs:
 
-            def function(twice, outputs, given):
-                outputs = [z.detach().requires_grad_() for z in outputs]
+            def function(twice, points, given):
+                points = [z.detach().requires_grad_() for z in points]
                 found = iter(given)
                 target = pytree.tree_unflatten([next(found) if t is None else t for t in rest], spec)
                 with torch.enable_grad():
-                    with Constants([*outputs, *given]):
-                        loss = self._problem.loss(traced.output_of(outputs), target)
-                    return gradient(loss, outputs, twice=twice)
+                    with Constants([*points, *given]):
+                        loss = self._problem.loss(outputs.together(points), target)
+                    return gradient(loss, points, twice=twice)
 
-            programs[key] = trace(function, points, tensors)
+            programs[key] = trace(function, outputs.tensors, tensors)
         program = programs[key]
-        return Linear(program, [*points, *tensors], {}, self._problem.tangent_dtype), program.inputs, program.outputs
+        return Linear(program, [*outputs.tensors, *tensors], {}, self._problem.tangent_dtype), program
 
 
 class GGN(_ThroughOutputs):
@@ -95,10 +133,15 @@ class GGN(_ThroughOutputs):
     Source: Schraudolph, Neural Computation 14(7), 2002.
     """
 
-    def _between(self, batch, linear, traced, points, moved):
-        loss, inputs, outputs = self._loss_at(batch, linear)
-        seeds = dict(zip(inputs[: len(points)], moved, strict=True))
-        return loss.push(seeds, outputs)
+    def _between(self, batch, outputs, moved):
+        if "loss" not in outputs.kept:
+            outputs.kept["loss"] = self._loss(batch, outputs)
+        loss, program = outputs.kept["loss"]
+        seeds = dict(zip(program.inputs[: len(moved)], moved, strict=True))
+        return [
+            torch.zeros_like(m) if b is None else b
+            for b, m in zip(loss.push(seeds, program.outputs), moved, strict=True)
+        ]
 
 
 class Fisher(_ThroughOutputs):
@@ -145,31 +188,32 @@ class Fisher(_ThroughOutputs):
     def _own(self):
         return {"kind": self._kind, "samples": self._samples, "seed": self._seed, "sample": self._sample}
 
-    def _between(self, batch, linear, traced, points, moved):
-        kept = self._at_batch(linear)
-        if "rows" not in kept:
-            kept["rows"] = self._row_gradients(batch, linear, traced, points)
-        total: list[Tensor | None] = [None] * len(points)
-        for rows, weight in kept["rows"]:
+    def _between(self, batch, outputs, moved):
+        if "rows" not in outputs.kept:
+            outputs.kept["rows"] = self._row_gradients(batch, outputs)
+        total = [torch.zeros_like(m) for m in moved]
+        for rows, weight in outputs.kept["rows"]:
             inner = sum((m * g).flatten(2).sum(2) if m.dim() > 2 else m * g for m, g in zip(moved, rows, strict=True))
-            for i, g in enumerate(rows):
-                term = inner.view(*inner.shape, *(1,) * (g.dim() - 1)) * (g * weight)
-                total[i] = term if total[i] is None else total[i] + term
+            for into, g in zip(total, rows, strict=True):
+                into.addcmul_(inner.view(*inner.shape, *(1,) * (g.dim() - 1)), g, value=weight)
         return total
 
-    def _row_gradients(self, batch, linear, traced, points):
+    def _row_gradients(self, batch: Batch, outputs: Outputs) -> list[tuple[list[Tensor], float]]:
         """For each draw the gradients of the rows' own losses by the outputs, and the factor of their products."""
-        mean = self._problem.reduction == "mean" and self._problem.row_weight is None
+        rows = batch.size if self._problem.reduction == "mean" and self._problem.row_weight is None else 1
+        draws = self._samples if self._kind == "sampled" else 1
         found = []
-        for draw in range(self._samples if self._kind == "sampled" else 1):
+        for draw in range(draws):
             targets = None
             if self._kind == "sampled":
                 generator = torch.Generator(self.device).manual_seed(self._seed + draw)
-                targets = self._drawn(batch, traced.output_of(points), generator)
-            loss, _, outputs = self._linearised_loss(batch, linear, targets)
-            rows = [loss.value(g) * (batch.size if mean else 1) for g in outputs]
-            count = self._samples if self._kind == "sampled" else 1
-            found.append((rows, 1 / (count * (batch.size if mean else 1))))
+                targets = self._drawn(batch, outputs.together(outputs.tensors), generator)
+            loss, program = self._loss(batch, outputs, targets)
+            gradients = [
+                torch.zeros_like(z) if g is None else loss.value(g) * rows
+                for g, z in zip(program.outputs, outputs.tensors, strict=True)
+            ]
+            found.append((gradients, 1 / (draws * rows)))
         return found
 
     def _drawn(self, batch: Batch, output: Any, generator: torch.Generator) -> Any:

@@ -282,6 +282,11 @@ def test_low_precision_tangents():
     assert 1e-5 < error < 3e-2  # bfloat16 has 8 bits
 
 
+class Twice(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
 def test_functions_that_no_trace_holds_fall_back_with_a_warning():
     class Sign(torch.autograd.Function):
         @staticmethod
@@ -311,6 +316,12 @@ def test_functions_that_no_trace_holds_fall_back_with_a_warning():
         close(got, matrix(Hessian(model, F.cross_entropy, [(x, y)], method="double_backward")))
         with pytest.raises(RuntimeError):
             matrix(Hessian(model, F.cross_entropy, [(x, y)], method="engine"))
+        if how == "branch":
+            straight = nn.Sequential(model.fc, nn.Tanh(), Twice())
+            for kind in (GGN, Fisher):
+                with pytest.warns(UserWarning, match=message):
+                    got = matrix(kind(model, F.cross_entropy, [(x, y)]))
+                close(got, matrix(kind(straight, F.cross_entropy, [(x, y)])))
 
 
 def test_methods_agree():
