@@ -47,9 +47,9 @@ class Plan:
 class Linear:
     """A :class:`Program` at one point.
 
-    Primal values are computed on demand and kept, as are the derivative factors that rules make of them; both serve
-    all K tangents and every later product at this point. What a function draws at random is drawn here, once, in the
-    order of the function; the generators are then as before.
+    Primal values are computed on demand. Those that a rule asked for are kept, with the derivative factors that rules
+    make of them, and serve all K tangents and every later product at this point. What a function draws at random is
+    drawn here, once, in the order of the function; the generators are then as before.
 
     Args:
         program: the traced function.
@@ -64,6 +64,7 @@ class Linear:
         self.program, self.dtype, self._plans = program, dtype, plans
         self._values: dict[int, Any] = dict(program.constants)
         self._values.update(zip(program.inputs, inputs, strict=True))
+        self._asked = {*self._values, *program.random}
         self._made: dict[Any, Tensor] = {}
         if program.random:
             devices = list({t.device for t in inputs if t.device.type == "cuda"})
@@ -74,6 +75,7 @@ class Linear:
     def value(self, position: int) -> Any:
         """The primal value of a step."""
         values = self._values
+        self._asked.add(position)
         if position not in values:
             missing, open_ = set(), [position]
             while open_:
@@ -117,5 +119,7 @@ class Linear:
                     tangents[i] = _rules.tangent(Call(step, i, self, tangents, k, plan.wanted.get(i, set())))
                 for r in plan.freed.get(i, ()):
                     tangents.pop(r, None)
+        for position in self._values.keys() - self._asked:
+            del self._values[position]
         found = [None if o is None else _rules.settled(tangents.get(o)) for o in outputs]
         return [None if t is None else t.to(given) for t in found]
