@@ -37,18 +37,18 @@ class Linearized:
             _checks.fail(name, "params", "hold at least one tensor", "none")
         self._points = [t.detach() for t in self._points]
 
+        devices = list({t.device for t in self._points if t.device.type == "cuda"})
+
         def loss(leaves):
-            return scalar(name, loss_fn(*self._together(leaves)))
+            with torch.random.fork_rng(devices):
+                return scalar(name, loss_fn(*self._together(leaves)))
 
         self._loss, self._linear = loss, None
         if method in ("auto", "engine"):
             try:
                 self._trace(tangent_dtype)
             except Untraceable as reason:
-                if method == "engine":
-                    raise
-                self._method = "double_backward"
-                warnings.warn(f"fastflat.{name}: {reason}; double backward takes its place", stacklevel=4)
+                self._give_up(reason)
 
     def _together(self, leaves):
         found = iter(leaves)
@@ -72,21 +72,30 @@ class Linearized:
         seeds, k = self._checked(tangents, leaves, spec)
         start = sum(len(own) for own, _ in self._trees[:wanted])
         targets = range(start, start + len(self._trees[wanted][0]))
-        if k == 0:
-            found = [None] * len(targets)
-        elif self._linear is not None:
-            positions = {self._program.inputs[first + i]: t for i, t in enumerate(seeds)}
-            found = self._linear.push(positions, [self._program.outputs[i] for i in targets])
-        else:
-            count = k or 1
-            full = [p.new_zeros(count, *p.shape) for p in self._points]
-            full[first : first + len(seeds)] = seeds
-            rows = _LOOPS[self._method](self._loss, self._points, full)
-            found = [rows[i] for i in targets]
+        found = [None] * len(targets) if k == 0 else self._pushed(first, seeds, targets)
         lead = 1 if k is None else k
         points = [self._points[i] for i in targets]
         found = [p.new_zeros(lead, *p.shape) if f is None else f for f, p in zip(found, points, strict=True)]
         return pytree.tree_unflatten([f[0] if k is None else f for f in found], self._trees[wanted][1])
+
+    def _pushed(self, first: int, seeds: list[Tensor], targets: range) -> list[Tensor | None]:
+        """Results for some leaves of K tangents of the leaves from ``first`` on."""
+        if self._linear is not None:
+            positions = {self._program.inputs[first + i]: t for i, t in enumerate(seeds)}
+            try:
+                return self._linear.push(positions, [self._program.outputs[i] for i in targets])
+            except Untraceable as reason:
+                self._give_up(reason)
+        full = [p.new_zeros(len(seeds[0]), *p.shape) for p in self._points]
+        full[first : first + len(seeds)] = seeds
+        rows = _LOOPS[self._method](self._loss, self._points, full)
+        return [rows[i] for i in targets]
+
+    def _give_up(self, reason: Untraceable) -> None:
+        if self._method == "engine":
+            raise reason
+        self._method, self._linear = "double_backward", None
+        warnings.warn(f"fastflat.{self._name}: {reason}; double backward takes its place", stacklevel=5)
 
     def hvp(self, tangents: Any) -> Any:
         """``H v`` for tangents like the parameters, or K of them at once with K in front."""

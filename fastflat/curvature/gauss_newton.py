@@ -40,12 +40,14 @@ class _ThroughOutputs(Operator):
         wanted = range(len(self._problem.names)) if wanted is None else wanted
         if not self._loops:
             try:
-                linear, traced = self._problem.at(batch, with_outputs=True)
+                return self._through(batch, tangents, wanted)
             except Untraceable as reason:
                 self._loops = True
                 warnings.warn(f"fastflat.{self._name}: {reason}; double backward takes its place", stacklevel=5)
-        if self._loops:
-            return self._looped(batch, tangents, wanted)
+        return self._looped(batch, tangents, wanted)
+
+    def _through(self, batch, tangents, wanted):
+        linear, traced = self._problem.at(batch, with_outputs=True)
         if self._at is None or self._at[0] is not linear:
             self._at = (linear, Outputs([linear.value(z) for z in traced.outputs], traced.output_of, {}))
         outputs = self._at[1]

@@ -228,14 +228,13 @@ class Hessian(Operator):
         if self._method not in _LOOPS:
             try:
                 linear, traced = self._problem.at(batch, with_outputs=False)
+                seeds = {traced.params[i]: t for i, t in tangents.items()}
+                return linear.push(seeds, [traced.gradients[i] for i in wanted])
             except Untraceable as reason:
                 if self._method == "engine":
                     raise
                 self._method = "double_backward"
                 warnings.warn(f"fastflat.{self._name}: {reason}; double backward takes its place", stacklevel=5)
-            else:
-                seeds = {traced.params[i]: t for i, t in tangents.items()}
-                return linear.push(seeds, [traced.gradients[i] for i in wanted])
         return self._looped(batch, tangents, wanted)
 
     def _looped(self, batch, tangents, wanted):

@@ -167,6 +167,26 @@ def test_an_op_without_a_rule_warns_once_and_is_right():
         hvp(loss, w, v)
 
 
+def test_an_op_without_derivatives_leaves_it_to_double_backward():
+    x, w, y, v = random(5, 3), random(3, 4, seed=1), torch.tensor([0, 1, 2, 3, 0]), random(2, 3, 4, seed=2)
+
+    def loss(p):
+        return F.multi_margin_loss(x @ p, y, p=2)
+
+    # Nobody has a second derivative of this loss in PyTorch: the warning names the op, the error is PyTorch's.
+    with (
+        pytest.raises(RuntimeError, match="derivative for aten::multi_margin_loss_backward is not implemented"),
+        pytest.warns(
+            UserWarning, match="multi_margin_loss_backward.default has no derivative to push tangents through"
+        ),
+    ):
+        hvp(loss, w, v)
+    with pytest.raises(RuntimeError, match="no derivative to push tangents through"):
+        hvp(loss, w, v, method="engine")
+    differences = hvp(loss, w, v, method="finite_difference")
+    assert bool(differences.any())
+
+
 def test_in_place_operations():
     w, v = random(4), random(3, 4, seed=1)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastflat.curvature._program import Untraceable
 from fastflat.curvature._rules._table import RULES, Call
 
 _warned: set[Any] = set()
@@ -25,7 +26,8 @@ def by_autodiff(call: Call, warn: bool = True) -> Any:
     """The K tangents of a step by differentiating the op itself.
 
     Raises:
-        NotImplementedError: the op has neither a forward nor a double backward derivative.
+        Untraceable: the op has neither a forward nor a double backward derivative, or a result that others read counts
+            as constant in them.
     """
     if warn and call.op not in _warned:
         _warned.add(call.op)
@@ -55,6 +57,7 @@ def by_autodiff(call: Call, warn: bool = True) -> Any:
         return tuple(result) if isinstance(result, (list, tuple)) else result
 
     moving = [t.to(p.dtype) for t, p in zip(moving, primals, strict=True)]
+    _refuse_constants(call, function, tuple(primals))
     results = _differentiated(call.op, function, tuple(primals), tuple(moving))
     if isinstance(results, tuple):
         return tuple(t.to(call.type_of(t.dtype)) if t.is_floating_point() else None for t in results)
@@ -80,10 +83,16 @@ def _differentiated(op: Any, function: Callable, primals: tuple, moving: tuple) 
                 return attempt(*moving)
         except (RuntimeError, NotImplementedError, TypeError) as error:
             reason = reason or error
-    raise NotImplementedError(
-        f"fastflat.curvature: {op} has no derivative to push tangents through;"
-        " use method='double_backward' or 'finite_difference'"
-    ) from reason
+    raise Untraceable(f"{op} has no derivative to push tangents through") from reason
+
+
+def _refuse_constants(call: Call, function: Callable, primals: tuple) -> None:
+    """Results that the derivatives of an op hold constant must have no reader: they do move."""
+    with torch.enable_grad():
+        results = function(*(p.detach().requires_grad_() for p in primals))
+    for index in call.wanted if isinstance(results, tuple) else ():
+        if results[index].is_floating_point() and not results[index].requires_grad:
+            raise Untraceable(f"result {index} of {call.op} has no derivative to push tangents through")
 
 
 def _looped(function: Callable) -> Callable:
