@@ -122,6 +122,8 @@ def partial(c: Call, index: int) -> Tensor:
     cut = len(values) - len(c.step.keywords)
     with torch.enable_grad():
         y = _DIFFERENTIABLE.get(c.op, c.op)(*values[:cut], **dict(zip(c.step.keywords, values[cut:], strict=True)))
+        if not y.requires_grad:
+            return torch.zeros_like(x).detach()
         (found,) = torch.autograd.grad(y, x, torch.ones_like(y), allow_unused=True)
     return torch.zeros_like(x) if found is None else found.detach()
 

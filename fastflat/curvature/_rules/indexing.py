@@ -119,6 +119,7 @@ def max_pool_backward(c: Call):
     *(aten._adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.upsample_nearest2d.default),
     *(aten.upsample_bilinear2d.default, aten.avg_pool3d.default, aten._adaptive_avg_pool3d.default),
     *(aten.reflection_pad2d.default, aten.replication_pad2d.default, aten.pixel_shuffle.default),
+    aten.pixel_unshuffle.default,
 )
 def per_image(c: Call):
     x = c.tangent(0)

@@ -37,6 +37,17 @@ def cumsum(c: Call):
     return x.cumsum(_axes(c.primal(1), x.dim() - 1)[0])
 
 
+@rule(aten.logsumexp.default)
+def logsumexp(c: Call):
+    dims, keep = c.primal(1), c.primal(2)
+
+    def weights():
+        return (c.primal(0) - c.primal(0).logsumexp(dims, True)).exp()
+
+    x = c.tangent(0)
+    return (x * c.once("p", weights)).sum(_axes(dims, x.dim() - 1), keep)
+
+
 @rule(aten._softmax.default, aten._safe_softmax.default)
 def softmax(c: Call):
     x, p = c.tangent(0), c.operand_out()
