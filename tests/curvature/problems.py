@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of every kind with a curved loss, and their Hessian by double backward."""
+"""Layers of every kind with a curved loss, a small classifier with its data, and their Hessians by double backward."""
 
 from __future__ import annotations
 
@@ -168,3 +168,41 @@ def by_engine(loss, params):
     tangents = {k: c.reshape(n, *p.shape) for (k, p), c in zip(params.items(), columns)}
     products = ff.curvature.hvp(loss, params, tangents)
     return torch.cat([products[k].reshape(n, -1) for k in params], 1)
+
+
+def classifier(norm=True, seed=0):
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3) if norm else nn.Identity(), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*layers, nn.Conv2d(3, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+        if norm:
+            model[1].running_mean.normal_(std=0.1)
+            model[1].running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def examples(n, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 1, 6, 6, generator=g, dtype=torch.float64)
+    return x, torch.randint(0, 3, (n,), generator=g)
+
+
+def truth(model, x, y, loss_fn=F.cross_entropy, rows=None):
+    """The dense Hessian of the loss of a batch, buffers out of the way."""
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    buffers = {k: b.clone() for k, b in model.named_buffers()}
+
+    def loss(values):
+        return loss_fn(torch.func.functional_call(model, {**values, **buffers}, (x,)), y)
+
+    return dense(loss, params)
+
+
+def matrix(operator):
+    return operator @ torch.eye(operator.shape[0], dtype=operator.dtype)
+
+
+def close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
