@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Curvature: batched products with Hessian, Gauss-Newton and Fisher matrices, through quantized networks too, and estimates from them.
+"""Curvature: batched products with Hessian, Gauss-Newton and Fisher matrices, through quantized networks too, and
+estimates from them.
 
 All of them linearise a traced gradient once and push K vectors through it together: each matrix product or convolution
 has one operand with K tangents, which K joins as rows, batch or channels of one call; each primal quantity is computed
