@@ -181,7 +181,8 @@ def test_own_blocks_have_less_variance():
         beside = matrix[rows].square().sum() - matrix[rows, rows].square().sum()
         variance = 2 * within.square().sum()
         # Of 2000 signs a standard error is known to a sixtieth.
-        assert own[name].stderr / joint[name].stderr == pytest.approx((variance / (variance + beside)) ** 0.5, rel=0.1)
+        ratio = float(variance / (variance + beside)) ** 0.5
+        assert own[name].stderr / joint[name].stderr == pytest.approx(ratio, rel=0.1)
         assert own[name].stderr < joint[name].stderr
 
 
