@@ -135,6 +135,8 @@ class GGN(_ThroughOutputs):
     Source: Schraudolph, Neural Computation 14(7), 2002.
     """
 
+    _gauss_newton = True
+
     def _between(self, batch, outputs, moved):
         if "loss" not in outputs.kept:
             outputs.kept["loss"] = self._loss(batch, outputs)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastflat import _checks
-from fastflat.curvature import _batch, _differentiate
+from fastflat.curvature import _batch, _density, _differentiate, _lanczos, _routes, _solve, _trace
 from fastflat.curvature._batch import Batch
+from fastflat.curvature._density import Density
+from fastflat.curvature._estimate import Estimate
 from fastflat.curvature._problem import Problem, unpacked
 from fastflat.curvature._program import Untraceable
 
@@ -28,7 +30,15 @@ class Operator:
     Attributes:
         shape, dtype, device: as of a matrix.
         blocks: for each parameter, by its name, the slice of rows that it owns.
+
+    Estimates take the arguments of the functions of the same name in :mod:`fastflat.curvature`. Their random probes
+    come from a generator of seed 0 unless one is given: a call gives the same numbers again and draws from no generator
+    of yours.
     """
+
+    #: Whether blocks are those of the Gauss-Newton matrix: always (True), never (False), or where outputs are piecewise
+    #: linear in them (None).
+    _gauss_newton: bool | None = False
 
     def __init__(
         self,
@@ -75,10 +85,90 @@ class Operator:
         """The products with K vectors, ``[K, n]`` to ``[K, n]``; K = 0 gives an empty result."""
         return self._over_data(v, self._products)
 
-    def block_matmat(self, v: Tensor) -> Tensor:
+    def block_matmat(self, name: str, v: Tensor) -> Tensor:
+        """The products of one parameter's own block with K vectors, ``[K, n_b]`` to ``[K, n_b]``."""
+        if name not in self.blocks:
+            _checks.fail(self._name, "name", f"be one of {', '.join(self.blocks)}", repr(name))
+        b, where = list(self.blocks).index(name), self.blocks[name]
+        shape = self._problem.params[b].shape
+
+        def products(batch: Batch, rows: Tensor) -> Tensor:
+            found = self._pushed(batch, {b: rows.reshape(len(rows), *shape)}, [b])[0]
+            return torch.zeros_like(rows) if found is None else found.reshape(rows.shape)
+
+        return self._over_data(v, products, where.stop - where.start)
+
+    def block_diagonal_matmat(self, v: Tensor) -> Tensor:
         """Each parameter's own block of the matrix times its part of K vectors, ``[K, n]`` to ``[K, n]``: the matrix
         without what couples two parameters."""
         return self._over_data(v, self._block_products)
+
+    def trace(self, rtol: float = 0.05, max_products: int | None = None, **options: Any) -> Estimate:
+        """The trace; see :func:`fastflat.curvature.trace`."""
+        return _trace.trace(self, rtol, max_products, **self._drawing(options))
+
+    def layer_traces(
+        self,
+        rtol: float = 0.1,
+        max_products: int = 1000,
+        chunk: int = 8,
+        *,
+        route: str = "auto",
+        atol: float = 0.0,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> _routes.LayerTraces:
+        """The trace of each parameter's own block, by the cheapest route that is exact here.
+
+        ``"sampled"``: ``tr G_bb = E |J_b^T r|^2`` with draws r of second moment H_out, for all blocks by one ordinary
+        backward pass each. It is exact for a :class:`GGN`, and for a Hessian where outputs are piecewise linear in each
+        single parameter (ReLU, max-pool, batch norm in eval mode, straight-through quantizers, no weight used twice in
+        a row), which is read off the traced model; the loss must be a softmax cross-entropy or a squared error,
+        however it is written. ``"own"``: products of each block with probes of its own. ``"joint"``: products of the
+        whole matrix, whose probes of other blocks add noise.
+
+        Args:
+            route: one of these, or ``"auto"``: the first that is exact.
+            rtol, max_products, chunk, atol, generator, progress: as for :func:`fastflat.curvature.layer_traces`; a
+                draw counts as a product.
+
+        Returns:
+            Name to :class:`Estimate`, with attributes ``route`` and ``reason``.
+
+        Raises:
+            ValueError, TypeError: arguments out of range; ``route="sampled"`` where it is not exact.
+
+        Source: Dong et al., HAWQ-V2, NeurIPS 2020, section 3, for what they are used for; Martens, JMLR 21 (2020),
+        section 9, for the second moment.
+        """
+        generator = torch.Generator(self.device).manual_seed(0) if generator is None else generator
+        return _routes.layer_traces(
+            self, route, self._gauss_newton, rtol, max_products, chunk, atol, generator, progress
+        )
+
+    def diagonal(self, rtol: float = 0.1, max_products: int = 1000, **options: Any) -> Estimate:
+        """The diagonal ``[n]``; see :func:`fastflat.curvature.diagonal`."""
+        return _trace.diagonal(self, rtol, max_products, **self._drawing(options))
+
+    def eigenvalues(
+        self, k: int = 5, which: str = "largest", tol: float = 1e-3, **options: Any
+    ) -> Estimate | tuple[Estimate, Tensor]:
+        """The k extreme eigenvalues; see :func:`fastflat.curvature.eigenvalues`."""
+        return _lanczos.eigenvalues(self, k, which, tol, **self._drawing(options))
+
+    def density(self, steps: int = 64, probes: int = 8, **options: Any) -> Density:
+        """The density of all eigenvalues; see :func:`fastflat.curvature.density`."""
+        return _density.density(self, steps, probes, **self._drawing(options))
+
+    def solve(self, b: Tensor, damping: float = 0.0, tol: float = 1e-3, **options: Any) -> Estimate:
+        """Solutions of ``(H + damping I) x = b``; see :func:`fastflat.curvature.solve`."""
+        return _solve.solve(self, b, damping, tol, **options)
+
+    def _drawing(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options with a generator."""
+        if options.get("generator") is None:
+            options["generator"] = torch.Generator(self.device).manual_seed(0)
+        return options
 
     def to_scipy(self) -> Any:
         """The operator as a ``scipy.sparse.linalg.LinearOperator`` over NumPy arrays."""
@@ -119,11 +209,12 @@ class Operator:
         if v.dtype != self.dtype or v.device != self.device:
             _checks.fail(self._name, "V", f"be {self.dtype} on {self.device}", f"{v.dtype} on {v.device}")
 
-    def _over_data(self, v: Tensor, products: Callable[[Batch, Tensor], Tensor]) -> Tensor:
-        """The mean or sum over all batches and ranks of the products of each batch."""
-        if not isinstance(v, Tensor) or v.dim() != 2 or v.shape[1] != self.shape[0]:
+    def _over_data(self, v: Tensor, products: Callable[[Batch, Tensor], Tensor], size: int | None = None) -> Tensor:
+        """The mean or sum over all batches and ranks of the products of each batch, with rows of ``size`` or n."""
+        size = self.shape[0] if size is None else size
+        if not isinstance(v, Tensor) or v.dim() != 2 or v.shape[1] != size:
             got = list(v.shape) if isinstance(v, Tensor) else type(v)
-            _checks.fail(self._name, "V", f"have shape [K, n={self.shape[0]}]", got)
+            _checks.fail(self._name, "V", f"have shape [K, n={size}]", got)
         self._check_kind(v)
         v = v.detach()
         total = torch.zeros_like(v, memory_format=torch.contiguous_format)
@@ -212,6 +303,8 @@ class Hessian(Operator):
 
     Source: Pearlmutter, Neural Computation 6(1), 1994, for the R-operator.
     """
+
+    _gauss_newton = None
 
     def __init__(self, model, loss_fn, data, params=None, *, method: str = "auto", **options) -> None:
         super().__init__(model, loss_fn, data, params, **options)

@@ -84,7 +84,11 @@ def test_own_blocks():
         full = matrix(operator)
         v = torch.randn(3, operator.shape[0], dtype=torch.float64)
         want = torch.cat([v[:, b] @ full[b, b] for b in operator.blocks.values()], 1)
-        close(operator.block_matmat(v), want, 1e-12)
+        close(operator.block_diagonal_matmat(v), want, 1e-12)
+        for name, b in operator.blocks.items():
+            close(operator.block_matmat(name, v[:, b]), v[:, b] @ full[b, b], 1e-12)
+        with pytest.raises(ValueError, match=r"name must be one of .*, got 'other'"):
+            operator.block_matmat("other", v)
 
 
 def test_gauss_newton_against_the_jacobian():
