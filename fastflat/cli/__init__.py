@@ -10,9 +10,11 @@ import sys
 
 #: Subcommands: each is the click command of the same name in the module of the same name.
 COMMANDS = {
+    "allocate": "choose the bits of each layer from its curvature, for a budget",
     "audit": "check compiled GPU kernels against their budget, without a GPU",
     "bench": "measure throughput side by side with other implementations",
     "doctor": "show what is built, and which backend computes what, and why",
+    "spectrum": "show eigenvalues, trace and density of a trained network's curvature",
     "train": "train a low-bit network on real images; --demo compares three quantizers",
 }
 

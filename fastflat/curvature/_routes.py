@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 ROUTES = ("auto", "sampled", "own", "joint")
 
 
+_FORM = "the loss is neither a softmax cross-entropy nor a sum over the outputs"
+
+
 class LayerTraces(dict[str, Estimate]):
     """Traces by the name of the parameter, and how they came about.
 
@@ -152,7 +155,8 @@ def _root(op: Operator, z: Tensor, targets):
     """Draws r with ``E r r^T = H_out`` of the loss at outputs z, whose form is recognised by its products.
 
     Softmax cross-entropy, however it is written, weighted or smoothed, has ``w_i (diag p_i - p_i p_i^T)`` for each row;
-    then ``r_i = sqrt(w_i) (p_i - e_y)`` with y drawn from p_i. Squared error has a diagonal; then r has random signs.
+    then ``r_i = sqrt(w_i) (p_i - e_y)`` with y drawn from p_i. A loss that is a sum over the outputs, such as squared
+    error or binary cross-entropy, has a diagonal; then r is its root with random signs.
     """
     z = z.requires_grad_()
     gradient = torch.autograd.grad(op._problem.loss(z, targets), z, create_graph=True)[0]
@@ -173,7 +177,7 @@ def _root(op: Operator, z: Tensor, targets):
 
         return signs
     if z.dim() < 2:
-        raise _OtherLoss("the loss is neither a softmax cross-entropy nor a squared error of the outputs")
+        raise _OtherLoss(_FORM)
     p = z.softmax(1)
 
     def covariance(d):
@@ -183,7 +187,7 @@ def _root(op: Operator, z: Tensor, targets):
     square = (qu * qu).sum(1, keepdim=True)
     weight = torch.where(square > 0, (hu * qu).sum(1, keepdim=True) / square.clamp(min=1e-300), 0.0).clamp_(min=0)
     if not (_close(hu, weight * qu, tolerance) and _close(hv, weight * covariance(v), tolerance)):
-        raise _OtherLoss("the loss is neither a softmax cross-entropy nor a squared error of the outputs")
+        raise _OtherLoss(_FORM)
     rows = p.movedim(1, -1).reshape(-1, p.shape[1])
 
     def labels(generator):

@@ -123,9 +123,9 @@ class Operator:
         ``"sampled"``: ``tr G_bb = E |J_b^T r|^2`` with draws r of second moment H_out, for all blocks by one ordinary
         backward pass each. It is exact for a :class:`GGN`, and for a Hessian where outputs are piecewise linear in each
         single parameter (ReLU, max-pool, batch norm in eval mode, straight-through quantizers, no weight used twice in
-        a row), which is read off the traced model; the loss must be a softmax cross-entropy or a squared error,
-        however it is written. ``"own"``: products of each block with probes of its own. ``"joint"``: products of the
-        whole matrix, whose probes of other blocks add noise.
+        a row), which is read off the traced model; the loss must be a softmax cross-entropy or a sum over the outputs
+        (squared error, binary cross-entropy), however it is written. ``"own"``: products of each block with probes of
+        its own. ``"joint"``: products of the whole matrix, whose probes of other blocks add noise.
 
         Args:
             route: one of these, or ``"auto"``: the first that is exact.

@@ -122,8 +122,9 @@ def test_other_networks_take_their_own_blocks_and_say_why(model, train, reason):
         nn.CrossEntropyLoss(label_smoothing=0.1),
         nn.CrossEntropyLoss(ignore_index=1),
         lambda z, y: F.mse_loss(z, F.one_hot(y, 3).double()),
+        lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 3).double()),
     ],
-    ids=["written out", "weights", "smoothing", "ignored rows", "squares"],
+    ids=["written out", "weights", "smoothing", "ignored rows", "squares", "binary"],
 )
 def test_the_loss_is_known_by_what_it_does(loss):
     model, data = setting()
@@ -135,7 +136,7 @@ def test_a_loss_of_another_form_takes_own_blocks():
     model, data = setting()
     found = Hessian(model, lambda z, y: z.exp().sum(1).square().mean(), data).layer_traces(max_products=16)
     assert found.route == "own"
-    assert "neither a softmax cross-entropy nor a squared error" in found.reason
+    assert "neither a softmax cross-entropy nor a sum over the outputs" in found.reason
 
 
 def test_rows_of_a_class_sums_microbatches_and_chosen_parameters():

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastflat allocate``: a bit-width for each layer of a trained network, from its curvature."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fnmatch
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import nn
+
+from fastflat.cli import _subject
+from fastflat.cli._subject import Subject
+
+_BUDGETS = ("average_bits", "size", "bops", "latency")
+
+
+@click.command(context_settings={"max_content_width": 110})
+@_subject.options
+@click.option("--average-bits", type=float, help="Budget: mean bits of a weight.  [default: 4, without another budget]")
+@click.option("--size", type=float, help="Budget: bytes of all weights.")
+@click.option("--bops", type=float, help="Budget: bit operations of one example (multiply-adds x weight x input bits).")
+@click.option(
+    "--latency",
+    type=click.Path(path_type=Path),
+    help='JSON of measured times: {"layer": {"2": seconds, "4": seconds}}; needs --latency-budget.',
+)
+@click.option("--latency-budget", type=float, help="Budget: sum of the times of --latency, in its unit.")
+@click.option("--widths", default="2,3,4,8", show_default=True, help="Widths to choose from.")
+@click.option(
+    "--activation-bits", type=click.IntRange(1, 16), help="Input bits for --bops.  [default: the run's, or 8]"
+)
+@click.option("--skip", multiple=True, help="Layers left in floats: patterns, first, last. Repeatable.")
+@click.option("--rtol", default=0.1, show_default=True, help="Relative standard error of each trace.")
+@click.option(
+    "--route", default="auto", show_default=True, type=click.Choice(("auto", "sampled", "own", "joint")),
+    help="How traces are found; auto takes the cheapest that is exact.",
+)  # fmt: skip
+def allocate(run: Path | None, model: str | None, **given: Any) -> None:
+    """Choose the bits of each layer's weights for a budget, by what rounding costs in loss.
+
+    RUN is the folder of a run of fastflat train. The score of a layer at a width is tr(H)/n |Q(W) - W|^2 with the trace
+    of its Hessian block at the float weights (HAWQ-V2); the widths of least total score within the budget are found
+    exactly. The accuracy after rounding is compared with that of one width for all layers at the same size.
+
+    The folder of the results holds bits.json, which prepare(model, bits=...) takes, allocation.json and report.html.
+
+    \b
+    Examples:
+      fastflat allocate runs/float --average-bits 4
+      fastflat allocate runs/float --size 40000 --widths 2,3,4,5,6,8 --json allocation.json
+      fastflat allocate --model crepe-tiny --average-bits 3
+    """
+    _subject.check("allocate", run, model, given)
+    kind, budget = _budget(given)
+    widths = _widths(given["widths"])
+    table = _latencies(given["latency"]) if kind == "latency" else {}
+    if not given["rtol"] > 0:
+        raise ValueError(f"allocate: --rtol must be above 0, got {given['rtol']}")
+    if given["threads"] is not None:
+        torch.set_num_threads(given["threads"])
+    subject = _subject.load("allocate", run, model)
+    layers = _layers(subject.model, given["skip"])
+    with_float = _with_float_weights(subject.model, layers)
+    examples = subject.batches(given["batches"], given["batch"])
+    activation_bits = given["activation_bits"] or subject.activation_bits or 8
+    costs = _costs(kind, with_float, layers, widths, table, activation_bits, examples)
+    found = _found(subject, with_float, layers, widths, examples, costs, kind, budget, given)
+    folder = given["out"] or subject.folder
+    results = json.dumps(found, indent=1) + "\n"
+    files = {
+        "bits.json": json.dumps(found["bits"], indent=1) + "\n",
+        "allocation.json": results,
+        "report.html": _report(subject, found),
+    }
+    _subject.write(folder, files, given["json_file"], results)
+    for line in _text(found):
+        click.echo(line)
+    click.echo(f"bits: {folder / 'bits.json'}; report: {folder / 'report.html'}")
+
+
+def _budget(given: dict[str, Any]) -> tuple[str, float]:
+    """The kind of budget and its amount."""
+    named = [kind for kind in _BUDGETS if given[kind] is not None]
+    if len(named) > 1:
+        got = " and ".join("--" + kind.replace("_", "-") for kind in named)
+        raise ValueError(f"allocate: one budget must be given, got {got}")
+    kind = named[0] if named else "average_bits"
+    if (kind == "latency") != (given["latency_budget"] is not None):
+        raise ValueError("allocate: --latency and --latency-budget must come together, got one of them")
+    amount = given["latency_budget"] if kind == "latency" else given[kind] if named else 4.0
+    option = "latency-budget" if kind == "latency" else kind.replace("_", "-")
+    if not (math.isfinite(amount) and amount > 0):
+        raise ValueError(f"allocate: --{option} must be a number above 0, got {amount}")
+    return kind, float(amount)
+
+
+def _widths(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and 1 <= int(part) <= 16 for part in parts):
+        raise ValueError(f"allocate: --widths must be numbers from 1 to 16 with commas between, got {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def _latencies(path: Path) -> dict[str, dict[int, float]]:
+    try:
+        values = json.loads(path.read_text())
+        return {name: {int(b): float(t) for b, t in of_layer.items()} for name, of_layer in values.items()}
+    except OSError as error:
+        raise ValueError(f"allocate: --latency must be a file that can be read, got {error}") from None
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f'allocate: {path} must hold {{"layer": {{"bits": time}}}}, got: {error}') from None
+
+
+def _layers(model: nn.Module, skip: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The layers whose weights are rounded, by name."""
+    named = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    names = list(named)
+    for pattern in skip:
+        pattern = {"first": names[0], "last": names[-1]}.get(pattern, pattern)
+        matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"allocate: --skip must match a layer of {', '.join(names)}, got {pattern!r}")
+        named = {n: m for n, m in named.items() if n not in matched}
+    if not named:
+        raise ValueError("allocate: --skip must leave a layer, got patterns that match all")
+    return named
+
+
+def _with_float_weights(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
+    """A copy in which the weights of these layers are not quantized: what is rounded, and about which the loss is
+    expanded. Quantized activations stay as they were trained."""
+    model = copy.deepcopy(model).eval()
+    for name in layers:
+        layer = model.get_submodule(name)
+        for quantizer in getattr(layer, "weight_quantizers", dict)().values():
+            quantizer.enabled = False
+    return model
+
+
+def _costs(kind, model, layers, widths, table, activation_bits, examples) -> dict[str, dict[int, float]]:
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    if kind == "latency":
+        for name in layers:
+            lacking = [b for b in widths if b not in table.get(name, {})]
+            if lacking:
+                raise ValueError(
+                    f"allocate: --latency must have times of {name!r} at each width, got none at {lacking[0]}"
+                )
+        return {name: {b: table[name][b] for b in widths} for name in layers}
+    factor = _multiply_adds(model, list(layers), examples[0][0][:1]) if kind == "bops" else sizes
+    each = activation_bits if kind == "bops" else 1
+    return {name: {b: float(factor[name] * b * each) for b in widths} for name in layers}
+
+
+@torch.no_grad()
+def _multiply_adds(model: nn.Module, names: list[str], x: torch.Tensor) -> dict[str, int]:
+    """Multiply-adds of each layer for one example: its weights times the places where they are applied."""
+    found: dict[str, int] = {}
+
+    def hook(name):
+        def count(layer, _, output):
+            places = output.numel() // layer.weight.shape[0]
+            found[name] = found.get(name, 0) + places * layer.weight.numel()
+
+        return count
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: found.get(name, 0) for name in names}
+
+
+def _found(subject, model, layers, widths, examples, costs, kind, budget, given) -> dict[str, Any]:
+    """Everything that is measured, as plain values."""
+    from fastflat import curvature, methods
+
+    weights = {name: model.get_submodule(name).weight for name in layers}
+    sizes = {name: w.numel() for name, w in weights.items()}
+    limit = budget * sum(sizes.values()) if kind == "average_bits" else budget * 8 if kind == "size" else budget
+    errors = methods.rounding_errors(weights, widths)
+    # Refused before the curvature is computed: a budget below the cheapest choice.
+    methods.allocate_bits({name: dict.fromkeys(widths, 0.0) for name in layers}, costs, limit)
+    operator = curvature.Hessian(model, subject.loss, examples, [f"{name}.weight" for name in layers])
+    generator = torch.Generator(operator.device).manual_seed(given["seed"])
+    traces = operator.layer_traces(
+        given["rtol"], route=given["route"], generator=generator, progress=sys.stderr.isatty()
+    )
+    values = {name: float(traces[f"{name}.weight"].value) for name in layers}
+    scores = methods.sensitivities(values, sizes, errors)
+    chosen = methods.allocate_bits(scores, costs, limit)
+    bits = {name: chosen.bits[name] for name in layers}
+    total = sum(sizes.values())
+    known: dict[tuple[int, ...], float] = {}
+
+    def accuracy(bits: dict[str, int]) -> float:
+        key = tuple(bits.values())
+        if key not in known:
+            known[key] = subject.accuracy(_rounded(model, bits))
+        return known[key]
+
+    def row(label: str, bits: dict[str, int]) -> dict[str, Any]:
+        return {
+            "label": label,
+            "bytes": sum(sizes[n] * b for n, b in bits.items()) / 8,
+            "average_bits": sum(sizes[n] * b for n, b in bits.items()) / total,
+            "cost": sum(costs[n][b] for n, b in bits.items()),
+            "score": sum(scores[n][b] for n, b in bits.items()),
+            "accuracy": accuracy(bits),
+        }
+
+    in_bits = {name: {b: float(sizes[name] * b) for b in widths} for name in layers}
+    compared = []
+    for b in widths:
+        same = methods.allocate_bits(scores, in_bits, float(total * b)).bits
+        same = {name: same[name] for name in layers}
+        compared.append([row(f"all {b}", dict.fromkeys(layers, b)), row(f"chosen, size of all {b}", same)])
+    return {
+        "network": subject.name,
+        "measure": subject.measure,
+        "budget": {"kind": kind, "amount": budget},
+        "bits": bits,
+        "gap": chosen.gap,
+        "examples": sum(len(x) for x, _ in examples),
+        "seed": given["seed"],
+        "route": traces.route,
+        "reason": traces.reason,
+        "float_accuracy": subject.accuracy(model),
+        "chosen": row("chosen", bits),
+        "compared": compared,
+        "layers": [
+            {
+                "name": name,
+                "parameters": sizes[name],
+                "trace": dataclasses.asdict(traces[f"{name}.weight"]),
+                "bits": bits[name],
+                "scores": {str(b): s for b, s in scores[name].items()},
+            }
+            for name in layers
+        ],
+    }
+
+
+@torch.no_grad()
+def _rounded(model: nn.Module, bits: dict[str, int]) -> nn.Module:
+    """A copy with each weight rounded to the grid of its largest magnitude, one for each output channel."""
+    from fastflat import QuantSpec, fake_quantize_dynamic
+
+    model = copy.deepcopy(model)
+    for name, b in bits.items():
+        weight = model.get_submodule(name).weight
+        weight.copy_(fake_quantize_dynamic(weight, spec=QuantSpec(bits=b, axis=0, mask="none"))[0])
+    return model
+
+
+def _tables(found: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
+    layers = [["layer", "parameters", "trace", "bits", "score"]]
+    for row in found["layers"]:
+        trace = _subject.with_error(row["trace"]["value"], row["trace"]["stderr"])
+        score = f"{row['scores'][str(row['bits'])]:.3g}"
+        layers.append([row["name"], str(row["parameters"]), trace, str(row["bits"]), score])
+    rows = [["weights", "bytes", "bits each", "score", found["measure"]]]
+    total = sum(row["parameters"] for row in found["layers"])
+    rows.append(["float", str(4 * total), "32", "0", f"{100 * found['float_accuracy']:.2f} %"])
+    for row in [found["chosen"], *(r for pair in found["compared"] for r in pair)]:
+        accuracy = f"{100 * row['accuracy']:.2f} %"
+        rows.append(
+            [row["label"], f"{row['bytes']:.0f}", f"{row['average_bits']:.2f}", f"{row['score']:.3g}", accuracy]
+        )
+    return layers, rows
+
+
+def _text(found: dict[str, Any]) -> list[str]:
+    layers, rows = _tables(found)
+    how = f"traces over {found['examples']} examples by the {found['route']} route: {found['reason']}"
+    return [found["network"], how, "", *_subject.aligned(layers), "", *_subject.aligned(rows), ""]
+
+
+def _report(subject: Subject, found: dict[str, Any]) -> str:
+    from fastflat.cli import _curvature_figures
+
+    layers, rows = _tables(found)
+    budget = f"{found['budget']['amount']:g} ({found['budget']['kind'].replace('_', ' ')})"
+    parts = [
+        {
+            "title": "Sensitivity against bits",
+            "figure": _curvature_figures.sensitivity(found["layers"]),
+            "note": "Score of a layer at a width: tr(H) / n times the squared rounding error of its weights. Rings mark"
+            f" the widths of least total score within the budget of {budget}.",
+        },
+        {
+            "title": "Layers",
+            "table": layers,
+            "note": f"Traces over {found['examples']} examples, with standard errors, by the {found['route']} route:"
+            f" {found['reason']}.",
+        },
+        {
+            "title": "After rounding",
+            "figure": _curvature_figures.accuracies(found),
+            "table": rows,
+            "note": f"{found['measure'].capitalize()} with weights rounded to one scale for each output channel, and"
+            " nothing trained afterwards.",
+        },
+    ]
+    return _subject.page(f"Bit allocation of {found['network']}", subject.lead, parts)
