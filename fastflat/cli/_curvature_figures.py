@@ -9,7 +9,8 @@ from fastflat.cli._figures import COLOURS, _cycle, _pyplot, _svg
 
 
 def sensitivity(layers: list[dict[str, Any]]) -> str:
-    """Score of each layer by width, rings at the chosen ones; trace per weight of each layer with its error."""
+    """Score of each layer by width, crosses where it was measured, rings at the chosen ones; trace per weight of each
+    layer with its error."""
     plt = _pyplot("sensitivity")
     figure, (left, right) = plt.subplots(
         1,
@@ -18,10 +19,16 @@ def sensitivity(layers: list[dict[str, Any]]) -> str:
         layout="constrained",
         gridspec_kw={"width_ratios": (3, 2)},
     )
-    for colour, row in zip(_cycle(len(layers)), layers, strict=True):
+    for at, (colour, row) in enumerate(zip(_cycle(len(layers)), layers, strict=True)):
+        style = ("-", "--", ":")[at // len(COLOURS) % 3]
         points = [(int(b), score) for b, score in row["scores"].items() if score > 0]
         if points:
-            left.plot(*zip(*points, strict=True), color=colour, marker=".", linewidth=1, label=row["name"])
+            left.plot(
+                *zip(*points, strict=True), color=colour, marker=".", linestyle=style, linewidth=1, label=row["name"]
+            )
+        measured = [(int(b), score) for b, score in row["scores"].items() if score > row["predicted"][b]]
+        if measured:
+            left.plot(*zip(*measured, strict=True), "x", color=colour, markersize=5)
         chosen = row["scores"][str(row["bits"])]
         if chosen > 0:
             left.plot(row["bits"], chosen, "o", markerfacecolor="none", color=colour, markersize=9)
@@ -35,24 +42,40 @@ def sensitivity(layers: list[dict[str, Any]]) -> str:
     right.barh(at, means, xerr=errors, color=_cycle(len(layers)), height=0.6, ecolor="black", capsize=2)
     right.set_yticks(at, [f"{row['name']}  ({row['bits']} bits)" for row in layers])
     right.invert_yaxis()
-    right.set(xlabel="trace of the Hessian's block for each weight")
+    right.set(xlabel="trace of the Hessian's block by its weights")
+    right.xaxis.set_major_locator(plt.MaxNLocator(3))
+    right.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}")
     right.grid(axis="y", visible=False)
     return _svg(plt, figure)
 
 
 def accuracies(found: dict[str, Any]) -> str:
-    """Accuracy by size: one width for all layers, and widths chosen for the same size."""
+    """Loss and accuracy by size: one width for all layers, and widths chosen for the same size."""
     plt = _pyplot("accuracies")
-    figure, axes = plt.subplots(figsize=(9, 3), layout="constrained")
-    for at, (label, style) in enumerate((("one width", "s--"), ("chosen widths", "o-"))):
-        rows = [pair[at] for pair in found["compared"]]
-        sizes, shares = [row["bytes"] / 1000 for row in rows], [100 * row["accuracy"] for row in rows]
-        axes.plot(sizes, shares, style, color=COLOURS[1 - at], markersize=5, linewidth=1, label=label)
-    chosen = found["chosen"]
-    axes.plot(chosen["bytes"] / 1000, 100 * chosen["accuracy"], "*", color="black", markersize=11, label="this budget")
-    axes.axhline(100 * found["float_accuracy"], color="#888888", linewidth=0.8, linestyle=":", label="float")
-    axes.set(xlabel="kB of weights", ylabel=f"{found['measure']}, %")
-    axes.legend()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    uniform = [pair[0] for pair in found["compared"]]
+    chosen = sorted([*(pair[1] for pair in found["compared"]), *found["between"]], key=lambda row: row["bytes"])
+    for label, rows, style, colour in (
+        ("one width", uniform, "s--", COLOURS[1]),
+        ("chosen widths", chosen, "o-", COLOURS[0]),
+    ):
+        sizes = [row["bytes"] / 1000 for row in rows]
+        for axes, values in (
+            (left, [row["loss"] for row in rows]),
+            (right, [100 * row["accuracy"] for row in rows]),
+        ):
+            axes.plot(sizes, values, style, color=colour, markersize=4, linewidth=1, label=label)
+    own = found["chosen"]
+    for axes, value, exact in (
+        (left, own["loss"], found["float_loss"]),
+        (right, 100 * own["accuracy"], 100 * found["float_accuracy"]),
+    ):
+        axes.plot(own["bytes"] / 1000, value, "*", color="black", markersize=10, label="this budget")
+        axes.axhline(exact, color="#888888", linewidth=0.8, linestyle=":", label="float")
+        axes.set(xlabel="kB of weights")
+    left.set(ylabel="test loss", yscale="log")
+    right.set(ylabel=f"{found['measure']}, %")
+    right.legend()
     return _svg(plt, figure)
 
 

@@ -28,8 +28,8 @@ class Subject:
         model: in evaluation mode.
         loss: ``(output, target) -> scalar``, the mean over rows.
         batches: ``(count, size)`` -> that many training batches without augmentation.
-        accuracy: of a model on the test split.
-        measure: what ``accuracy`` counts, in words.
+        evaluate: of a model, (loss, accuracy) on the test split.
+        measure: what the accuracy counts, in words.
         classes: names of the classes where targets are their numbers, else none.
         folder: where results go unless told.
         activation_bits: of the layers' inputs; None in floats.
@@ -40,7 +40,7 @@ class Subject:
     model: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
     batches: Callable[[int, int], list[tuple[Tensor, Tensor]]]
-    accuracy: Callable[[nn.Module], float]
+    evaluate: Callable[[nn.Module], tuple[float, float]]
     measure: str
     classes: tuple[str, ...]
     folder: Path
@@ -99,13 +99,17 @@ def _of_run(command: str, run: Path) -> Subject:
         x, y = dataset.train_x[: count * size], dataset.train_y[: count * size]
         return list(Batches(x, y, size, *dataset.statistics(), device=trainer.device))
 
+    def evaluate(model: nn.Module) -> tuple[float, float]:
+        scores, y = trainer.scores(model)
+        return float(F.cross_entropy(scores, y)), float((scores.argmax(1) == y).float().mean())
+
     return Subject(
         f"{dataset.name}: {config.model}, {config.label}",
         f"{describe(dataset)}; run {run}, epoch {trainer.done} of {config.epochs}",
         trainer.model.eval(),
         F.cross_entropy,
         batches,
-        trainer.accuracy_of,
+        evaluate,
         "test accuracy",
         dataset.classes,
         run / command,
@@ -124,8 +128,10 @@ def _crepe_tiny(command: str) -> Subject:
         return list(zip(x.split(size), tones.bins(pitches).split(size), strict=True))
 
     @torch.no_grad()
-    def accuracy(model: nn.Module) -> float:
-        return tones.within(torch.cat([model(part) for part in test.split(250)]), cents)
+    def evaluate(model: nn.Module) -> tuple[float, float]:
+        scores = torch.cat([model(part) for part in test.split(250)])
+        loss = F.binary_cross_entropy_with_logits(scores, tones.bins(cents))
+        return float(loss), tones.within(scores, cents)
 
     return Subject(
         "crepe-tiny",
@@ -133,7 +139,7 @@ def _crepe_tiny(command: str) -> Subject:
         _crepe.load(),
         F.binary_cross_entropy_with_logits,
         batches,
-        accuracy,
+        evaluate,
         "tones within 50 cents",
         (),
         Path(f"{command}-crepe-tiny"),

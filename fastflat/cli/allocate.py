@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fnmatch
+import itertools
 import json
 import math
 import sys
@@ -19,6 +20,10 @@ from torch import nn
 from fastflat.cli import _subject
 from fastflat.cli._subject import Subject
 
+_CHECKED = {
+    "trace": "",
+    "checked": "; crosses: where rounding this layer alone raised the loss of a batch by more, which then counts",
+}
 _BUDGETS = ("average_bits", "size", "bops", "latency")
 
 
@@ -38,6 +43,10 @@ _BUDGETS = ("average_bits", "size", "bops", "latency")
     "--activation-bits", type=click.IntRange(1, 16), help="Input bits for --bops.  [default: the run's, or 8]"
 )
 @click.option("--skip", multiple=True, help="Layers left in floats: patterns, first, last. Repeatable.")
+@click.option(
+    "--score", default="checked", show_default=True, type=click.Choice(("checked", "trace")),
+    help="trace: half of tr(H)/n |Q(W) - W|^2. checked: the measured rise where that is larger.",
+)  # fmt: skip
 @click.option("--rtol", default=0.1, show_default=True, help="Relative standard error of each trace.")
 @click.option(
     "--route", default="auto", show_default=True, type=click.Choice(("auto", "sampled", "own", "joint")),
@@ -46,9 +55,11 @@ _BUDGETS = ("average_bits", "size", "bops", "latency")
 def allocate(run: Path | None, model: str | None, **given: Any) -> None:
     """Choose the bits of each layer's weights for a budget, by what rounding costs in loss.
 
-    RUN is the folder of a run of fastflat train. The score of a layer at a width is tr(H)/n |Q(W) - W|^2 with the trace
-    of its Hessian block at the float weights (HAWQ-V2); the widths of least total score within the budget are found
-    exactly. The accuracy after rounding is compared with that of one width for all layers at the same size.
+    RUN is the folder of a run of fastflat train. The score of a layer at a width is half of tr(H)/n |Q(W) - W|^2 with
+    the trace of its Hessian block at the float weights (HAWQ-V2), the rise of the loss to second order. Rounding to few
+    bits moves weights too far for that, so each layer is rounded alone and the loss of one batch taken: a larger rise
+    takes the place of the score. The widths of least total score within the budget are found exactly. Loss and accuracy
+    after rounding are compared with those of one width for all layers at the same size.
 
     The folder of the results holds bits.json, which prepare(model, bits=...) takes, allocation.json and report.html.
 
@@ -197,34 +208,39 @@ def _found(subject, model, layers, widths, examples, costs, kind, budget, given)
         given["rtol"], route=given["route"], generator=generator, progress=sys.stderr.isatty()
     )
     values = {name: float(traces[f"{name}.weight"].value) for name in layers}
-    scores = methods.sensitivities(values, sizes, errors)
+    omega = methods.sensitivities(values, sizes, errors)
+    predicted = {name: {b: score / 2 for b, score in of_layer.items()} for name, of_layer in omega.items()}
+    rises = _rises(model, subject.loss, layers, widths, examples[0]) if given["score"] == "checked" else predicted
+    scores = {name: {b: max(predicted[name][b], rises[name][b]) for b in widths} for name in layers}
     chosen = methods.allocate_bits(scores, costs, limit)
     bits = {name: chosen.bits[name] for name in layers}
     total = sum(sizes.values())
-    known: dict[tuple[int, ...], float] = {}
-
-    def accuracy(bits: dict[str, int]) -> float:
-        key = tuple(bits.values())
-        if key not in known:
-            known[key] = subject.accuracy(_rounded(model, bits))
-        return known[key]
+    known: dict[tuple[int, ...], tuple[float, float]] = {}
 
     def row(label: str, bits: dict[str, int]) -> dict[str, Any]:
+        key = tuple(bits.values())
+        if key not in known:
+            known[key] = subject.evaluate(_rounded(model, bits))
+        loss, accuracy = known[key]
         return {
             "label": label,
             "bytes": sum(sizes[n] * b for n, b in bits.items()) / 8,
             "average_bits": sum(sizes[n] * b for n, b in bits.items()) / total,
             "cost": sum(costs[n][b] for n, b in bits.items()),
             "score": sum(scores[n][b] for n, b in bits.items()),
-            "accuracy": accuracy(bits),
+            "loss": loss,
+            "accuracy": accuracy,
         }
 
     in_bits = {name: {b: float(sizes[name] * b) for b in widths} for name in layers}
-    compared = []
-    for b in widths:
-        same = methods.allocate_bits(scores, in_bits, float(total * b)).bits
-        same = {name: same[name] for name in layers}
-        compared.append([row(f"all {b}", dict.fromkeys(layers, b)), row(f"chosen, size of all {b}", same)])
+
+    def chosen_at(average: float, label: str) -> dict[str, Any]:
+        same = methods.allocate_bits(scores, in_bits, total * average).bits
+        return row(label, {name: same[name] for name in layers})
+
+    compared = [[row(f"all {b}", dict.fromkeys(layers, b)), chosen_at(b, f"chosen, size of all {b}")] for b in widths]
+    halves = [(a + b) / 2 for a, b in itertools.pairwise(widths)]
+    float_loss, float_accuracy = subject.evaluate(model)
     return {
         "network": subject.name,
         "measure": subject.measure,
@@ -233,11 +249,14 @@ def _found(subject, model, layers, widths, examples, costs, kind, budget, given)
         "gap": chosen.gap,
         "examples": sum(len(x) for x, _ in examples),
         "seed": given["seed"],
+        "score": given["score"],
         "route": traces.route,
         "reason": traces.reason,
-        "float_accuracy": subject.accuracy(model),
+        "float_loss": float_loss,
+        "float_accuracy": float_accuracy,
         "chosen": row("chosen", bits),
         "compared": compared,
+        "between": [chosen_at(average, f"chosen, {average:g} bits each") for average in halves],
         "layers": [
             {
                 "name": name,
@@ -245,10 +264,24 @@ def _found(subject, model, layers, widths, examples, costs, kind, budget, given)
                 "trace": dataclasses.asdict(traces[f"{name}.weight"]),
                 "bits": bits[name],
                 "scores": {str(b): s for b, s in scores[name].items()},
+                "predicted": {str(b): s for b, s in predicted[name].items()},
             }
             for name in layers
         ],
     }
+
+
+@torch.no_grad()
+def _rises(model, loss, layers, widths, batch) -> dict[str, dict[int, float]]:
+    """How much the loss of a batch rises with each layer alone rounded to each width."""
+    from tqdm import tqdm
+
+    x, y = batch
+    before = float(loss(model(x), y))
+    found: dict[str, dict[int, float]] = {name: {} for name in layers}
+    for name, b in tqdm(list(itertools.product(layers, widths)), desc="rounding", leave=False, disable=None):
+        found[name][b] = float(loss(_rounded(model, {name: b})(x), y)) - before
+    return found
 
 
 @torch.no_grad()
@@ -269,14 +302,14 @@ def _tables(found: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
         trace = _subject.with_error(row["trace"]["value"], row["trace"]["stderr"])
         score = f"{row['scores'][str(row['bits'])]:.3g}"
         layers.append([row["name"], str(row["parameters"]), trace, str(row["bits"]), score])
-    rows = [["weights", "bytes", "bits each", "score", found["measure"]]]
+    rows = [["weights", "bytes", "bits each", "score", "test loss", found["measure"]]]
     total = sum(row["parameters"] for row in found["layers"])
-    rows.append(["float", str(4 * total), "32", "0", f"{100 * found['float_accuracy']:.2f} %"])
-    for row in [found["chosen"], *(r for pair in found["compared"] for r in pair)]:
-        accuracy = f"{100 * row['accuracy']:.2f} %"
-        rows.append(
-            [row["label"], f"{row['bytes']:.0f}", f"{row['average_bits']:.2f}", f"{row['score']:.3g}", accuracy]
-        )
+    exact = {"label": "float", "bytes": 4 * total, "average_bits": 32, "score": 0}
+    exact |= {"loss": found["float_loss"], "accuracy": found["float_accuracy"]}
+    others = [*(row for pair in found["compared"] for row in pair), *found["between"]]
+    for row in [exact, found["chosen"], *sorted(others, key=lambda row: row["average_bits"])]:
+        numbers = [f"{row['bytes']:.0f}", f"{row['average_bits']:.2f}", f"{row['score']:.3g}", f"{row['loss']:.4g}"]
+        rows.append([row["label"], *numbers, f"{100 * row['accuracy']:.2f} %"])
     return layers, rows
 
 
@@ -295,8 +328,9 @@ def _report(subject: Subject, found: dict[str, Any]) -> str:
         {
             "title": "Sensitivity against bits",
             "figure": _curvature_figures.sensitivity(found["layers"]),
-            "note": "Score of a layer at a width: tr(H) / n times the squared rounding error of its weights. Rings mark"
-            f" the widths of least total score within the budget of {budget}.",
+            "note": "Score of a layer at a width: half of tr(H) / n times the squared rounding error of its weights,"
+            f" the rise of the loss to second order{_CHECKED[found['score']]}. Rings mark the widths of least total"
+            f" score within the budget of {budget}.",
         },
         {
             "title": "Layers",
