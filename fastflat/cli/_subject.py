@@ -56,7 +56,7 @@ def options(function: Callable) -> Callable:
         click.option("--threads", type=click.IntRange(1), help="CPU threads."),
         click.option("--seed", default=0, show_default=True, help="Seed of the random probes."),
         click.option("--batch", default=100, show_default=True, type=click.IntRange(1), help="Examples in a batch."),
-        click.option("--batches", default=5, show_default=True, type=click.IntRange(1), help="Batches of examples."),
+        click.option("--batches", default=2, show_default=True, type=click.IntRange(1), help="Batches of examples."),
         click.option("--model", type=click.Choice(PRETRAINED), help="A pretrained network in place of a run."),
         click.argument("run", required=False, type=file),
     ):

@@ -78,9 +78,11 @@ def _found(subject: Subject, given: dict[str, Any]) -> dict[str, Any]:
         "classes": [],
     }
     if given["per_class"]:
-        labels = torch.cat([y for _, y in examples]).unique().tolist()
-        for label in labels:
-            of_class = operator.of_class(label)
+        x, y = (torch.cat(parts) for parts in zip(*examples, strict=True))
+        for label in y.unique().tolist():
+            # In evaluation mode rows do not see each other: those of the class alone, and no others at weight zero.
+            rows = zip(x[y == label].split(given["batch"]), y[y == label].split(given["batch"]), strict=True)
+            of_class = kind(subject.model, subject.loss, list(rows))
             found["classes"].append(_measured(of_class, subject.classes[label], 1, given))
     return found
 
