@@ -64,6 +64,11 @@ def options(function: Callable) -> Callable:
     return function
 
 
+def examples(available: int, wanted: int) -> Tensor:
+    """Which rows of a training set are looked at: the same at every call, and mixed, for files come sorted by class."""
+    return torch.randperm(available, generator=torch.Generator().manual_seed(0))[:wanted]
+
+
 def check(command: str, run: Path | None, model: str | None, given: dict[str, Any]) -> None:
     """What can be refused before anything is read or written."""
     if (run is None) == (model is None):
@@ -96,7 +101,8 @@ def _of_run(command: str, run: Path) -> Subject:
     dataset = trainer.dataset
 
     def batches(count: int, size: int) -> list[tuple[Tensor, Tensor]]:
-        x, y = dataset.train_x[: count * size], dataset.train_y[: count * size]
+        rows = examples(len(dataset.train_x), count * size)
+        x, y = dataset.train_x[rows], dataset.train_y[rows]
         return list(Batches(x, y, size, *dataset.statistics(), device=trainer.device))
 
     def evaluate(model: nn.Module) -> tuple[float, float]:

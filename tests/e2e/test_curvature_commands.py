@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fastflat as ff
 from fastflat import methods
-from fastflat.cli import _crepe, _models
+from fastflat.cli import _crepe, _models, _subject
 from fastflat.data import tones
 
 
@@ -93,7 +93,8 @@ def test_allocate_chooses_from_the_curvature_of_the_float_weights(runs, command,
     data = np.load(runs / "bars.npz")
     images = torch.from_numpy(data["x_train"]).float() / 255
     mean, std = images.mean(), images.std(correction=0)
-    x, y = ((images[:20, None] - mean) / std), torch.from_numpy(data["y_train"][:20])
+    rows = _subject.examples(len(images), 20)
+    x, y = ((images[rows, None] - mean) / std), torch.from_numpy(data["y_train"])[rows]
     op = ff.curvature.GGN(model, F.cross_entropy, [(x, y)], ["blocks.0.0.weight"])
     exact = float((op @ torch.eye(op.shape[0])).trace())
     row = found["layers"][0]
@@ -112,6 +113,14 @@ def test_allocate_chooses_from_the_curvature_of_the_float_weights(runs, command,
         assert row["scores"][str(b)] == pytest.approx(max(predicted, rise), rel=1e-4, abs=1e-6)
     assert command(*arguments, "--score", "trace", "--json", results)[0] == 0
     assert all(row["scores"] == row["predicted"] for row in json.loads(results.read_text())["layers"])
+
+
+def test_examples_are_mixed():
+    rows = _subject.examples(5000, 100)
+    assert torch.equal(rows, _subject.examples(5000, 100))
+    assert len(set(rows.tolist())) == 100
+    assert 1000 < float(rows.double().mean()) < 4000
+    assert sorted(_subject.examples(7, 100).tolist()) == list(range(7))
 
 
 def test_other_budgets(runs, command, tmp_path):
@@ -161,7 +170,8 @@ def test_spectrum_of_a_checkpoint(runs, command, tmp_path):
     classes = found["ggn"]["classes"]
     assert [row["label"] for row in classes] == ["0", "1", "2", "3"]
     # The mean over the classes, by their shares, is the trace of the whole.
-    share = np.bincount(np.load(runs / "bars.npz")["y_train"][:80], minlength=4) / 80
+    labels = np.load(runs / "bars.npz")["y_train"]
+    share = np.bincount(labels[_subject.examples(len(labels), 80)], minlength=4) / 80
     mean = sum(s * row["trace"]["value"] for s, row in zip(share, classes, strict=True))
     error = ggn["trace"]["stderr"] + sum(s * row["trace"]["stderr"] for s, row in zip(share, classes, strict=True))
     assert abs(mean - ggn["trace"]["value"]) <= 4 * error
