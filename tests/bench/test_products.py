@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastflat bench curvature``: all peers compute the same products, what cannot be computed is named, rows and table."""
+"""``fastflat bench curvature``: peers compute the same products, what cannot be computed is named, rows and table."""
 
 from __future__ import annotations
 
