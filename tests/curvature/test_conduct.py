@@ -143,7 +143,7 @@ def test_what_is_refused():
         (lambda: Hessian(model, F.cross_entropy, x), "data must be an iterable"),
         (lambda: matrix(Hessian(model, F.cross_entropy, [])), "at least one batch"),
         (lambda: matrix(Hessian(model, F.cross_entropy, [x])), "pairs"),
-        (lambda: Hessian(model, F.cross_entropy, data, params=["0.wieght"]), "close to it: 0.weight"),
+        (lambda: Hessian(model, F.cross_entropy, data, params=["0.weights"]), "close to it: 0.weight"),
         (lambda: Hessian(model, F.cross_entropy, data, params=[torch.zeros(3)]), "params must name parameters"),
         (lambda: Hessian(model, F.cross_entropy, data, params=[]), "at least one"),
         (lambda: Hessian(model, F.cross_entropy, data, chunk=0), "chunk must be a positive int"),
