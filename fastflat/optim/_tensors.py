@@ -193,6 +193,8 @@ class Tables:
 
     def of_states(self, states: list[Tensor], first: int) -> list[Tensor]:
         """Tensors that nobody else has, in a list that stays: once looked at, they are what they were."""
+        if not self.pays or not states:
+            return states
         known = self._states.get(id(states))
         if known is None:
             known = self._states[id(states)] = (states, self.of_weights(states, first))

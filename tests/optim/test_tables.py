@@ -201,6 +201,20 @@ def test_gradients_of_another_type(tables):
     assert problems.same(*expected)
 
 
+def test_steps_leave_nothing_behind(tables):
+    params = parameters()
+    opt = optim.SAM(params, "adam", lr=0.1, rho=0.5)
+    sizes = []
+    for step in range(4):
+        give(params, 2 * step)
+        opt.first_step()
+        give(params, 2 * step + 1)
+        opt.second_step()
+        plans = (*opt._plans.values(), *opt._ascents.values())
+        sizes.append([(len(p._tables._known), len(p._tables._states), len(p._tables._templates)) for p in plans])
+    assert sizes[1] == sizes[3]
+
+
 def test_reference_takes_lists(tables):
     with ff.backend("reference"):
         params = parameters()
