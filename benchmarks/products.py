@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,12 +96,3 @@ def rows(
             }
         )
     return found
-
-
-def all_rows(
-    cases: Sequence[ProductCase], peers: Sequence[str], threads: Sequence[int], effort: Effort, device: torch.device
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The rows of every case at every number of threads, with a label to show meanwhile."""
-    for count in threads:
-        for case in cases:
-            yield f"{case.label}, {count} threads", rows(case, peers, count, effort, device)

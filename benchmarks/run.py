@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,9 +76,15 @@ def _numbers(case: Case, peer: str, timings: dict[str, measure.Timing], copy: fl
 
 
 def all_rows(
-    cases: Sequence[Case], peers: Sequence[str], threads: Sequence[int], effort: Effort, device: torch.device
+    cases: Sequence[Any],
+    peers: Sequence[str],
+    threads: Sequence[int],
+    effort: Effort,
+    device: torch.device,
+    measured: Callable[..., list[dict[str, Any]]] = rows,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The rows of every case at every number of threads, with a label to show meanwhile."""
+    """The rows of every case at every number of threads, with a label to show meanwhile; ``measured`` gives those of
+    one, as :func:`rows` does."""
     for count in threads:
         for case in cases:
-            yield f"{case.label}, {count} threads", rows(case, peers, count, effort, device)
+            yield f"{case.label}, {count} threads", measured(case, peers, count, effort, device)

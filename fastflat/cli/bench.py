@@ -292,7 +292,7 @@ def curvature(**options: Any) -> None:
     effort = measure.QUICK if options["quick"] else measure.Effort(seconds=8.0, rounds=(5, 30))
     result = {"benchmark": "curvature", **_where(device, memory), "effort": vars(effort), "rows": []}
     chosen = list(cases.cases(names, forms, counts, modes))
-    runs = package("products").all_rows(chosen, named, threads, effort, device)
+    runs = package("run").all_rows(chosen, named, threads, effort, device, package("products").rows)
     for rows in _with_bar(runs, len(chosen) * len(threads)):
         result["rows"] += rows
     _finish(result, "curvature_table", options["json_file"])
