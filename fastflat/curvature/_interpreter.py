@@ -102,13 +102,22 @@ class Linear:
             self._made[key] = made if self.dtype is None else made.to(self.dtype)
         return self._made[key]
 
-    def push(self, seeds: dict[int, Tensor], outputs: Sequence[int | None]) -> list[Tensor | None]:
-        """The K tangents of some outputs (positions of steps) for K tangents of some inputs, each ``[K, *shape]``;
-        None where nothing reaches an output."""
+    def plan(self, seeds: Iterable[int], outputs: Sequence[int | None]) -> Plan:
+        """The steps between some inputs and some outputs."""
         key = (frozenset(seeds), frozenset(outputs))
         if key not in self._plans:
             self._plans[key] = Plan(self.program, seeds, [o for o in outputs if o is not None])
-        plan = self._plans[key]
+        return self._plans[key]
+
+    def drop_unasked(self) -> None:
+        """Let go of values that served to compute others only."""
+        for position in self._values.keys() - self._asked:
+            del self._values[position]
+
+    def push(self, seeds: dict[int, Tensor], outputs: Sequence[int | None]) -> list[Tensor | None]:
+        """The K tangents of some outputs (positions of steps) for K tangents of some inputs, each ``[K, *shape]``;
+        None where nothing reaches an output."""
+        plan = self.plan(seeds, outputs)
         first = next(iter(seeds.values()))
         k, given = first.shape[0], first.dtype
         tangents: dict[int, Any] = {i: t.to(self.dtype or t.dtype) for i, t in seeds.items()}
@@ -119,7 +128,6 @@ class Linear:
                     tangents[i] = _rules.tangent(Call(step, i, self, tangents, k, plan.wanted.get(i, set())))
                 for r in plan.freed.get(i, ()):
                     tangents.pop(r, None)
-        for position in self._values.keys() - self._asked:
-            del self._values[position]
+        self.drop_unasked()
         found = [None if o is None else _rules.settled(tangents.get(o)) for o in outputs]
         return [None if t is None else t.to(given) for t in found]

@@ -49,21 +49,24 @@ class Probes:
         size: Callable[[Tensor], Tensor] = lambda x: x,
         base: float = 0.0,
         spent: int = 0,
+        per: int = 1,
     ) -> Estimate:
-        """``base`` and the mean of ``sample(V) [K, ...]`` over probes V [K, n], until all ``size`` of it are exact
-        enough or the products, ``spent`` ones included, reach the limit. ``converged`` is a tensor."""
-        moments = Moments()
+        """``base`` and the mean of ``sample(V) [K / per, ...]`` over probes V [K, n], until all ``size`` of it are
+        exact enough or the products, ``spent`` ones included, reach the limit. ``converged`` is a tensor."""
+        moments, used = Moments(), spent
+        chunk, limit = max(self.chunk // per, 1) * per, self.limit - (self.limit - spent) % per
         while True:
-            K = min(self.chunk, self.limit - spent - moments.count)
+            K = min(chunk, limit - used)
             samples = sample(self.probes(K, n))
             _estimate.check_finite(self.function, samples)
             moments.add(samples)
+            used += K
             value, stderr = base + moments.mean(), moments.stderr()
             done = self.enough(size(value), size(stderr))
-            done &= moments.count >= min(max(LEAST, 2 * self.chunk), max(self.limit - spent, 2))
+            done &= moments.count >= min(max(LEAST, 2 * self.chunk) // per**0.5, max((limit - spent) // per, 2))
             self.bar.update(K, size(value), size(stderr))
-            if bool(done.all()) or spent + moments.count >= self.limit:
-                return Estimate(value, stderr, spent + moments.count, done)
+            if bool(done.all()) or used >= limit:
+                return Estimate(value, stderr, used, done)
 
     def product(self, V: Tensor, block: str | None = None) -> Tensor:
         return _estimate.product(self.function, self.op, V, block)

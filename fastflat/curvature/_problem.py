@@ -27,7 +27,7 @@ class Traced(NamedTuple):
     program: Program
     params: list[int]
     gradients: list[int | None]
-    outputs: list[int]  # of the model
+    outputs: list[int]  # of the model, or the loss
     cotangents: list[int]  # of the outputs
     plans: dict[Any, Any]
     output_of: Callable[[list[Tensor]], Any] | None = None  # what the model returns, made of its differentiable outputs
@@ -107,25 +107,26 @@ class Problem:
         """The factor of a batch's loss in the sum over all data."""
         return float(batch.size) if self.reduction == "mean" and self.row_weight is None else 1.0
 
-    def at(self, batch: Batch, with_outputs: bool) -> tuple[Linear, Traced]:
-        """The program of a batch, linearised there; that of the batch before is dropped."""
+    def at(self, batch: Batch, what: str) -> tuple[Linear, Traced]:
+        """The program of a batch, linearised there; that of the batch before is dropped. ``what`` it computes: the
+        loss and its ``"gradient"``, or the ``"outputs"`` of the model with the pullback of their cotangents."""
         held, buffers = self.state()
         tensors = [*self.params, *held.values(), *buffers.values(), *batch.tensors]
         modes = tuple(m.training for m in self.model.modules())
         states = tuple((id(t), t.data_ptr(), t._version) for t in tensors)
-        key = (with_outputs, modes, states, batch.rest, batch.spec)
+        key = (what, modes, states, batch.rest, batch.spec)
         if self._last is None or self._last[0] != key:
             self._last = None
-            traced = self._trace(batch, with_outputs, modes)
+            traced = self._trace(batch, what, modes)
             linear = Linear(traced.program, [t.detach() for t in tensors], traced.plans, self.tangent_dtype)
             self._last = (key, linear, traced)
         return self._last[1:]
 
-    def _trace(self, batch: Batch, with_outputs: bool, modes: tuple[bool, ...]) -> Traced:
+    def _trace(self, batch: Batch, what: str, modes: tuple[bool, ...]) -> Traced:
         held, buffers = self.state()
         groups = [self.params, list(held.values()), list(buffers.values()), batch.tensors]
         shapes = tuple((t.shape, t.dtype, t.stride()) for t in batch.tensors)
-        key = (with_outputs, shapes, batch.rest, batch.spec, modes)
+        key = (what, shapes, batch.rest, batch.spec, modes)
         if key in self._traced:
             return self._traced[key]
         count = len(self.names)
@@ -141,8 +142,9 @@ class Problem:
             with torch.enable_grad():
                 with Constants(known):
                     output = called(self.model, state, inputs)
-                    if not with_outputs:
-                        return gradient(self.loss(output, targets), params, twice=twice)
+                    if what != "outputs":
+                        loss = self.loss(output, targets)
+                        return [*gradient(loss, params, twice=twice), loss]
                 leaves, spec = pytree.tree_flatten(output)
                 outputs = [z for z in leaves if isinstance(z, Tensor) and z.requires_grad]
                 rest = [None if isinstance(z, Tensor) else z for z in leaves]
@@ -153,8 +155,8 @@ class Problem:
 
         program = trace(function, *groups)
         found, params = program.outputs, program.inputs[:count]
-        if not with_outputs:
-            self._traced[key] = Traced(program, params, found, [], [], {})
+        if what != "outputs":
+            self._traced[key] = Traced(program, params, found[:count], found[count:], [], {})
             return self._traced[key]
         rest, spec, all_move = structure
         if not all_move:

@@ -47,7 +47,7 @@ class _ThroughOutputs(Operator):
         return self._looped(batch, tangents, wanted)
 
     def _through(self, batch, tangents, wanted):
-        linear, traced = self._problem.at(batch, with_outputs=True)
+        linear, traced = self._problem.at(batch, "outputs")
         if self._at is None or self._at[0] is not linear:
             self._at = (linear, Outputs([linear.value(z) for z in traced.outputs], traced.output_of, {}))
         outputs = self._at[1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflat import _checks
-from fastflat.curvature import _batch, _density, _differentiate, _lanczos, _routes, _solve, _trace
+from fastflat.curvature import _batch, _density, _differentiate, _jets, _lanczos, _routes, _solve, _trace
 from fastflat.curvature._batch import Batch
 from fastflat.curvature._density import Density
 from fastflat.curvature._estimate import Estimate
@@ -217,17 +217,21 @@ class Operator:
             _checks.fail(self._name, "V", f"have shape [K, n={size}]", got)
         self._check_kind(v)
         v = v.detach()
-        total = torch.zeros_like(v, memory_format=torch.contiguous_format)
+        return self._summed(v, torch.zeros_like(v, memory_format=torch.contiguous_format), products)
+
+    def _summed(self, v: Tensor, total: Tensor, made: Callable[[Batch, Tensor], Tensor], per: int = 1) -> Tensor:
+        """``total`` plus what is made of ``per`` rows of v for each row of it, over all batches and ranks."""
         if not v.shape[0]:
             return total
         weight = 0.0
+        rows_at_once = max((self._chunk or len(v)) // per, 1)
         for whole in _batch.batches(self._name, self._data):
             self._check_split(whole)
             for batch in whole.split(self._microbatch):
                 weight += self._problem.weight(batch)
                 share = self._problem.share(batch)
-                for rows, into in zip(v.split(self._chunk or len(v)), total.split(self._chunk or len(v)), strict=True):
-                    into.add_(products(batch, rows), alpha=share)
+                for rows, into in zip(v.split(rows_at_once * per), total.split(rows_at_once), strict=True):
+                    into.add_(made(batch, rows), alpha=share)
         if self._group is not None:
             weight = self._reduced(total, weight)
         return total.div_(weight) if self._problem.reduction == "mean" and weight else total
@@ -316,11 +320,33 @@ class Hessian(Operator):
     def _own(self) -> dict[str, Any]:
         return {"method": self._method}
 
+    def mean_forms(self, v: Tensor, per: int) -> Tensor:
+        """The mean of ``v_k^T H v_k`` over each ``per`` neighbours of K vectors ``[K, n]``, float64 ``[K / per]``.
+
+        From the forward pass alone, along which second-order tangents are summed as they arise: half the arithmetic of
+        products, and none of the memory of a backward pass.
+
+        Raises:
+            RuntimeError: an operation has no second derivative that could be had.
+        """
+        if self._method not in ("auto", "engine") or self._problem.tangent_dtype is not None:
+            raise Untraceable("second-order tangents belong to the engine, in the type of the parameters")
+
+        def made(batch: Batch, rows: Tensor) -> Tensor:
+            linear, traced = self._problem.at(batch, "gradient")
+            seeds = dict(zip(traced.params, unpacked(rows, self._problem.params), strict=True))
+            (loss,) = traced.outputs
+            found = _jets.summed_forms(linear, seeds, loss, len(rows) // per)
+            return rows.new_zeros(len(rows) // per, dtype=torch.float64) if found is None else found.double() / per
+
+        total = torch.zeros(len(v) // per, dtype=torch.float64, device=v.device)
+        return self._summed(v.detach(), total, made, per)
+
     def _pushed(self, batch, tangents, wanted=None):
         wanted = range(len(self._problem.names)) if wanted is None else wanted
         if self._method not in _LOOPS:
             try:
-                linear, traced = self._problem.at(batch, with_outputs=False)
+                linear, traced = self._problem.at(batch, "gradient")
                 seeds = {traced.params[i]: t for i, t in tangents.items()}
                 return linear.push(seeds, [traced.gradients[i] for i in wanted])
             except Untraceable as reason:

@@ -71,7 +71,7 @@ BAD = {
     "trace: chunk must be a whole number of at least 1, got 0": lambda: curvature.trace(OP, chunk=0),
     "trace: max_products must be a whole number of at least 1, got 0": lambda: curvature.trace(OP, max_products=0),
     "trace: max_products must be a whole number of at least 4, got 3": lambda: curvature.trace(OP, 0.1, 3, 8, "xtrace"),
-    "trace: method must be 'hutchinson', 'hutch++' or 'xtrace', got 'hutch'": lambda: curvature.trace(
+    "trace: method must be 'auto', 'jets', 'hutchinson', 'hutch++' or 'xtrace', got 'hutch'": lambda: curvature.trace(
         OP, method="hutch"
     ),
     "trace: generator must be a torch.Generator, got int": lambda: curvature.trace(OP, generator=3),

@@ -67,7 +67,8 @@ def div(c: Call):
     b = c.step.args[1]
     if isinstance(b, (int, float)):
         return c.tangent(0) / b
-    return combined(c, {0: lambda: 1 / c.primal(1), 1: lambda: -c.out / c.primal(1)})
+    # A count is an integer, whose reciprocal would come in the default type.
+    return combined(c, {0: lambda: 1 / c.primal(1).to(c.out.dtype), 1: lambda: -c.out / c.primal(1)})
 
 
 @rule(aten.relu.default)

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
+from fastflat.curvature._rules._fallback import by_autodiff
 from fastflat.curvature._rules._table import Call, added, rule
 
 aten = torch.ops.aten
@@ -89,6 +93,34 @@ def log_softmax_backward(c: Call):
     if y is not None:
         by_y = y * c.once("-pG", lambda: -c.primal(1).exp() * c.primal(0).sum(c.primal(2), True))
     return added(by_g, by_y)
+
+
+@rule(aten.mse_loss.default)
+def mse(c: Call):
+    x, t, reduction = c.tangent(0), c.tangent(1), c.primal(2)
+    moved = added(x, None if t is None else -t)
+    return reduced(moved * c.once("slope", lambda: 2 * (c.primal(0) - c.primal(1))), reduction)
+
+
+def reduced(t, reduction: int):
+    """K tangents of single losses, reduced as their loss is: 0 not at all, 1 to the mean, 2 to the sum."""
+    return t if reduction == 0 else t.flatten(1).mean(1) if reduction == 1 else t.flatten(1).sum(1)
+
+
+@rule(aten.binary_cross_entropy_with_logits.default)
+def logits(c: Call):
+    # l = w (softplus(x) (1 + (v - 1) t) - v t x), v the weight of positives
+    if c.moves(1):
+        return by_autodiff(c)
+    slope = c.once("slope", lambda: weighted(c, lambda s, t, v: s * (1 + (v - 1) * t) - v * t))
+    return reduced(c.tangent(0) * slope, c.primal(4))
+
+
+def weighted(c: Call, make: Callable[[Tensor, Tensor, Tensor | float], Tensor]) -> Tensor:
+    """``w make(sigmoid(x), t, v)`` of binary cross-entropy."""
+    x, t, w, v = (c.primal(i) for i in range(4))
+    found = make(torch.sigmoid(x), t, 1.0 if v is None else v)
+    return found if w is None else found * w
 
 
 @rule(aten.mse_loss_backward.default)
