@@ -32,8 +32,8 @@ def trace(
         max_products: stop there anyway, with ``converged=False``. 1000, or 96 with a sketch, where None.
         chunk: vectors in one product.
         method: ``"hutchinson"``, the mean of ``v^T H v``, exact on diagonal matrices. ``"jets"``: the same mean from
-            second-order tangents of the forward pass, four probes sharing one, at about half the price; of operators
-            that have ``mean_forms``. ``"auto"``: ``"jets"`` where every operation has a second derivative, else
+            the forward pass alone, at about half the price: four probes share a second-order tangent; of operators that
+            have ``mean_forms``. ``"auto"``: ``"jets"`` where every operation has a second derivative, else
             ``"hutchinson"``. ``"hutch++"``: the trace on the
             range of a third of the products, exactly, and Hutchinson's mean of the rest; exact where the rank of H is
             no more than that third. ``"xtrace"``: the same with every probe in both roles; exact where the rank is
@@ -157,21 +157,23 @@ def _hutchinson(run: Probes) -> Estimate:
 _SHARING = 4
 
 
-def _jets(run: Probes) -> Estimate:
+def _jets(run: Probes, n: int | None = None, name: str | None = None) -> Estimate:
     if not hasattr(run.op, "mean_forms"):
         raise Untraceable("the operator has no mean_forms")
     if run.limit < _SHARING:
-        raise Untraceable(f"they need max_products of at least {_SHARING}")
-    return run.average(run.op.shape[0], lambda V: run.op.mean_forms(V.to(run.op.dtype), _SHARING), per=_SHARING)
+        raise Untraceable(f"second-order tangents need max_products of at least {_SHARING}")
+    n = run.op.shape[0] if n is None else n
+    return run.average(n, lambda V: run.op.mean_forms(V.to(run.op.dtype), _SHARING, name), per=_SHARING)
 
 
-def _cheapest(run: Probes) -> Estimate:
+def _cheapest(run: Probes, n: int | None = None, name: str | None = None) -> Estimate:
     if run.limit >= LEAST:
         try:
-            return _jets(run)
+            return _jets(run, n, name)
         except Untraceable:
             pass
-    return _hutchinson(run)
+    n = run.op.shape[0] if n is None else n
+    return run.average(n, lambda V: run.forms(V, name))
 
 
 _METHODS = {
@@ -186,7 +188,7 @@ _METHODS = {
 def _own_block(run: Probes, name: str, n: int) -> Estimate:
     if n <= min(LEAST, run.limit):
         return Estimate(float(run.exact_diagonal(n, name).sum()), 0.0, n, True)
-    return _number(run.average(n, lambda V: run.forms(V, name)))
+    return _number(_cheapest(run, n, name))
 
 
 def _number(found: Estimate, place: int | tuple = ()) -> Estimate:

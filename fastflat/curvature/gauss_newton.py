@@ -46,7 +46,15 @@ class _ThroughOutputs(Operator):
                 warnings.warn(f"fastflat.{self._name}: {reason}; double backward takes its place", stacklevel=5)
         return self._looped(batch, tangents, wanted)
 
-    def _through(self, batch, tangents, wanted):
+    def _forms(self, batch, tangents, groups):
+        if self._loops:
+            raise Untraceable("the model cannot be traced")
+        _, _, moved, back = self._at_outputs(batch, tangents)
+        forms = [(m.double() * b).flatten(1).sum(1) for m, b in zip(moved, back, strict=True) if b is not None]
+        return sum(forms).unflatten(0, (groups, -1)).sum(1) if forms else None
+
+    def _at_outputs(self, batch, tangents):
+        """K tangents of the outputs, and M times them."""
         linear, traced = self._problem.at(batch, "outputs")
         if self._at is None or self._at[0] is not linear:
             self._at = (linear, Outputs([linear.value(z) for z in traced.outputs], traced.output_of, {}))
@@ -54,7 +62,10 @@ class _ThroughOutputs(Operator):
         moved = linear.push({traced.params[i]: t for i, t in tangents.items()}, traced.outputs)
         k = len(next(iter(tangents.values())))
         moved = [z.new_zeros(k, *z.shape) if m is None else m for m, z in zip(moved, outputs.tensors, strict=True)]
-        back = self._between(batch, outputs, moved)
+        return linear, traced, moved, self._between(batch, outputs, moved)
+
+    def _through(self, batch, tangents, wanted):
+        linear, traced, _, back = self._at_outputs(batch, tangents)
         seeds = {c: b for c, b in zip(traced.cotangents, back, strict=True) if b is not None}
         if not seeds:
             return [None] * len(wanted)

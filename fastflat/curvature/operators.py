@@ -89,11 +89,11 @@ class Operator:
         """The products of one parameter's own block with K vectors, ``[K, n_b]`` to ``[K, n_b]``."""
         if name not in self.blocks:
             _checks.fail(self._name, "name", f"be one of {', '.join(self.blocks)}", repr(name))
-        b, where = list(self.blocks).index(name), self.blocks[name]
-        shape = self._problem.params[b].shape
+        where = self.blocks[name]
 
         def products(batch: Batch, rows: Tensor) -> Tensor:
-            found = self._pushed(batch, {b: rows.reshape(len(rows), *shape)}, [b])[0]
+            tangents = self._split(rows, name)
+            found = self._pushed(batch, tangents, list(tangents))[0]
             return torch.zeros_like(rows) if found is None else found.reshape(rows.shape)
 
         return self._over_data(v, products, where.stop - where.start)
@@ -256,7 +256,7 @@ class Operator:
 
     def _products(self, batch: Batch, v: Tensor) -> Tensor:
         """Products of one batch's matrix with ``[K, n]``."""
-        return self._packed(v, self._pushed(batch, dict(enumerate(unpacked(v, self._problem.params)))))
+        return self._packed(v, self._pushed(batch, self._split(v, None)))
 
     def _block_products(self, batch: Batch, v: Tensor) -> Tensor:
         parts = unpacked(v, self._problem.params)
@@ -268,6 +268,37 @@ class Operator:
             if part is not None:
                 out[:, where] = part.reshape(len(v), -1)
         return out
+
+    def mean_forms(self, v: Tensor, per: int, name: str | None = None) -> Tensor:
+        """The mean of ``v_k^T H v_k`` over each ``per`` neighbours of K vectors ``[K, n]``, float64 ``[K / per]``; with
+        a name that of one parameter's own block, with vectors ``[K, n_b]``.
+
+        From the forward pass alone: second-order tangents of the Hessian, summed over neighbours as they arise, and the
+        tangents of the outputs of a Gauss-Newton matrix. Half the arithmetic of products, and none of the memory of a
+        backward pass.
+
+        Raises:
+            RuntimeError: an operation has no second derivative that could be had.
+        """
+
+        def made(batch: Batch, rows: Tensor) -> Tensor:
+            groups = len(rows) // per
+            found = self._forms(batch, self._split(rows, name), groups)
+            return rows.new_zeros(groups, dtype=torch.float64) if found is None else found.double() / per
+
+        total = torch.zeros(len(v) // per, dtype=torch.float64, device=v.device)
+        return self._summed(v.detach(), total, made, per)
+
+    def _split(self, rows: Tensor, name: str | None) -> dict[int, Tensor]:
+        """Rows as tangents of the parameters, by their number; all of them or one."""
+        if name is None:
+            return dict(enumerate(unpacked(rows, self._problem.params)))
+        b = list(self.blocks).index(name)
+        return {b: rows.reshape(len(rows), *self._problem.params[b].shape)}
+
+    def _forms(self, batch: Batch, tangents: dict[int, Tensor], groups: int) -> Tensor | None:
+        """The sums of ``v_k^T H v_k`` of one batch within groups of neighbours, ``[G]``; None for zeros."""
+        raise NotImplementedError
 
     def _pushed(
         self, batch: Batch, tangents: dict[int, Tensor], wanted: list[int] | None = None
@@ -320,27 +351,12 @@ class Hessian(Operator):
     def _own(self) -> dict[str, Any]:
         return {"method": self._method}
 
-    def mean_forms(self, v: Tensor, per: int) -> Tensor:
-        """The mean of ``v_k^T H v_k`` over each ``per`` neighbours of K vectors ``[K, n]``, float64 ``[K / per]``.
-
-        From the forward pass alone, along which second-order tangents are summed as they arise: half the arithmetic of
-        products, and none of the memory of a backward pass.
-
-        Raises:
-            RuntimeError: an operation has no second derivative that could be had.
-        """
+    def _forms(self, batch, tangents, groups):
         if self._method not in ("auto", "engine") or self._problem.tangent_dtype is not None:
             raise Untraceable("second-order tangents belong to the engine, in the type of the parameters")
-
-        def made(batch: Batch, rows: Tensor) -> Tensor:
-            linear, traced = self._problem.at(batch, "gradient")
-            seeds = dict(zip(traced.params, unpacked(rows, self._problem.params), strict=True))
-            (loss,) = traced.outputs
-            found = _jets.summed_forms(linear, seeds, loss, len(rows) // per)
-            return rows.new_zeros(len(rows) // per, dtype=torch.float64) if found is None else found.double() / per
-
-        total = torch.zeros(len(v) // per, dtype=torch.float64, device=v.device)
-        return self._summed(v.detach(), total, made, per)
+        linear, traced = self._problem.at(batch, "gradient")
+        (loss,) = traced.outputs
+        return _jets.summed_forms(linear, {traced.params[i]: t for i, t in tangents.items()}, loss, groups)
 
     def _pushed(self, batch, tangents, wanted=None):
         wanted = range(len(self._problem.names)) if wanted is None else wanted

@@ -19,10 +19,12 @@ def curved(output, target):
     return (output.exp() * torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view_as(output)).mean()
 
 
-def agree(H, k=6, per=3, tolerance=1e-10):
-    V = torch.randn(k, H.shape[0], dtype=H.dtype, generator=torch.Generator().manual_seed(2))
-    wanted = (V * H.matmat(V)).sum(1).double().unflatten(0, (-1, per)).mean(1)
-    found = H.mean_forms(V, per)
+def agree(H, k=6, per=3, tolerance=1e-10, block=None):
+    n = H.shape[0] if block is None else len(range(H.shape[0])[H.blocks[block]])
+    V = torch.randn(k, n, dtype=H.dtype, generator=torch.Generator().manual_seed(2))
+    products = H.matmat(V) if block is None else H.block_matmat(block, V)
+    wanted = (V * products).sum(1).double().unflatten(0, (-1, per)).mean(1)
+    found = H.mean_forms(V, per, block)
     assert found.shape == (k // per,)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
@@ -128,6 +130,34 @@ def test_the_same_probes_give_the_same_trace():
     assert H.trace(rtol=1e-9, max_products=35, method="jets").products == 32
 
 
+def test_single_blocks():
+    model, x = setting(*CASES["transformer layer"])
+    H = ff.curvature.Hessian(model, curved, [(x, torch.zeros(len(x)))])
+    for name in ("self_attn.in_proj_weight", "linear1.weight", "norm1.weight", "norm1.bias"):
+        agree(H, block=name)
+
+
+@pytest.mark.parametrize("kind", [ff.curvature.GGN, ff.curvature.Fisher])
+def test_gauss_newton_forms(kind):
+    x, y = examples(10)
+    G = kind(classifier(), F.cross_entropy, [(x[:7], y[:7]), (x[7:], y[7:])])
+    agree(G)
+    agree(G, block="0.weight")
+    assert G.trace(rtol=0.3).converged
+
+
+def test_an_operator_of_ones_own_has_no_forms():
+    class Identity:
+        shape, dtype, device, blocks = (20, 20), torch.float64, torch.device("cpu"), {}
+
+        def matmat(self, V):
+            return V
+
+    with pytest.raises(Untraceable, match="no mean_forms"):
+        ff.curvature.trace(Identity(), method="jets")
+    assert ff.curvature.trace(Identity()).value == 20
+
+
 class Cube(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -153,7 +183,6 @@ def test_what_cannot_be_had_is_said_and_products_take_over():
     for H, reason in (
         (ff.curvature.Hessian(model, F.mse_loss, [(x, y)], method="double_backward"), "belong to the engine"),
         (ff.curvature.Hessian(model, F.mse_loss, [(x, y)], tangent_dtype=torch.bfloat16), "belong to the engine"),
-        (ff.curvature.GGN(model, F.mse_loss, [(x, y)]), "no mean_forms"),
         (ff.curvature.Hessian(nn.Sequential(model, Cubed()), F.mse_loss, [(x, y)]), "autograd.Function"),
     ):
         with pytest.raises(Untraceable, match=reason):
