@@ -10,7 +10,9 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 # Parameters of glibc's mallopt (malloc.h).
@@ -147,3 +149,34 @@ def _set(limit: int) -> HostMemory:
         return HostMemory(False, f"mallopt of glibc {_glibc()} refused")
     mallopt(_M_TRIM_THRESHOLD, -1)
     return HostMemory(True, f"{mapped}, which is never trimmed (glibc {_glibc()})")
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that a new tensor could take on a device: what the kernel and the control group leave, or what the GPU and
+    PyTorch's cache hold free; None where nobody says."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    found = [left for left in (_left_of_machine(), _left_of_group()) if left is not None]
+    return min(found, default=None)
+
+
+def _left_of_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _left_of_group() -> int | None:
+    """Of the control group (version 2) that a container lives in; files that the kernel caches do not count."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines()).get("inactive_file", 0)
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else max(int(limit) - used + int(cached), 0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastflat.curvature import _rules
+from fastflat.curvature import _memory, _rules
 from fastflat.curvature._program import Program, Step, is_item
 from fastflat.curvature._rules import Call
 
@@ -20,28 +20,68 @@ class Plan:
     def __init__(self, program: Program, seeds: Iterable[int], outputs: Iterable[int]) -> None:
         steps = program.steps
         seeds, outputs = set(seeds), set(outputs)
-        reached = set(seeds)
+        reached, reads = set(seeds), {}
         for i, step in enumerate(steps):
-            if step.op is not None and step.op not in _rules.CONSTANT and not reached.isdisjoint(step.reads):
-                reached.add(i)
+            if step.op is not None and step.op not in _rules.CONSTANT:
+                reads[i] = [r for r in _rules.moving_reads(step) if r in reached]
+                if reads[i]:
+                    reached.add(i)
         needed, open_ = set(), [o for o in outputs if o in reached]
         while open_:
             i = open_.pop()
             if i not in needed:
                 needed.add(i)
-                open_ += [r for r in steps[i].reads if r in reached]
+                open_ += [] if i in seeds else reads[i]
         self.active = sorted(i for i in needed if i not in seeds)
+        self.reads = {i: tuple(reads[i]) for i in self.active}
         self.wanted: dict[int, set[int]] = {}
         last: dict[int, int] = {}
         for i in self.active:
-            for r in steps[i].reads:
+            for r in reads[i]:
                 last[r] = i
             if steps[i].op is is_item:
                 self.wanted.setdefault(steps[i].args[0].step, set()).add(steps[i].args[1])
+        self.read = set(last)
         self.freed: dict[int, list[int]] = {}
         for r, i in last.items():
             if r not in outputs:
                 self.freed.setdefault(i, []).append(r)
+        self.peak = _peak(program, seeds, self.active, last, outputs)
+
+
+def _peak(program: Program, seeds: set[int], active: list[int], last: dict[int, int], outputs: set[int]) -> int:
+    """The most elements that the tangents of one vector hold at once, its own included and results not."""
+    owner: dict[int, int] = {}
+    until: dict[int, int] = {}
+    for i in (*sorted(seeds), *active):
+        step = program.steps[i]
+        owner[i] = owner[step.reads[0]] if step.op in _VIEWS and step.reads[0] in owner else i
+        until[owner[i]] = max(until.get(owner[i], i), last.get(i, i))
+    ends: dict[int, list[int]] = {}
+    for own, end in until.items():
+        ends.setdefault(end, []).append(own)
+    held = highest = sum(_elements(program.shapes[i]) for i in seeds)
+    for i in active:
+        held += _elements(program.shapes[i]) if owner[i] == i and i not in outputs else 0
+        highest = max(highest, held)
+        held -= sum(_elements(program.shapes[o]) for o in ends.get(i, ()) if o not in seeds and o not in outputs)
+    return highest
+
+
+def _elements(shape: Any) -> int:
+    """Of a result; of several the first, since the others are small."""
+    first = shape[0] if isinstance(shape, list) and shape else shape
+    return first.numel() if isinstance(first, torch.Size) else 0
+
+
+#: Ops whose tangents are views of those of their first argument, or the same.
+_VIEWS = {
+    is_item,
+    *(torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.t.default),
+    *(torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.expand.default),
+    *(torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default),
+    *(torch.ops.aten.relu.default, torch.ops.aten.threshold_backward.default),
+}
 
 
 class Linear:
@@ -66,6 +106,7 @@ class Linear:
         self._values.update(zip(program.inputs, inputs, strict=True))
         self._asked = {*self._values, *program.random}
         self._made: dict[Any, Tensor] = {}
+        self._making = 0
         if program.random:
             devices = list({t.device for t in inputs if t.device.type == "cuda"})
             with torch.random.fork_rng(devices):
@@ -75,7 +116,8 @@ class Linear:
     def value(self, position: int) -> Any:
         """The primal value of a step."""
         values = self._values
-        self._asked.add(position)
+        if not self._making:
+            self._asked.add(position)
         if position not in values:
             missing, open_ = set(), [position]
             while open_:
@@ -98,7 +140,12 @@ class Linear:
 
     def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         if key not in self._made:
-            made = make()
+            # What only such quantities are made of is not asked for again.
+            self._making += 1
+            try:
+                made = make()
+            finally:
+                self._making -= 1
             self._made[key] = made if self.dtype is None else made.to(self.dtype)
         return self._made[key]
 
@@ -114,20 +161,47 @@ class Linear:
         for position in self._values.keys() - self._asked:
             del self._values[position]
 
-    def push(self, seeds: dict[int, Tensor], outputs: Sequence[int | None]) -> list[Tensor | None]:
+    def push(
+        self,
+        seeds: dict[int, Tensor],
+        outputs: Sequence[int | None],
+        take: Callable[[int, Tensor], None] | None = None,
+    ) -> list[Tensor | None]:
         """The K tangents of some outputs (positions of steps) for K tangents of some inputs, each ``[K, *shape]``;
-        None where nothing reaches an output."""
+        None where nothing reaches an output. ``take(number of the output, tangents)`` is called instead, as soon as
+        they are there, so that not all of them are held.
+
+        Raises:
+            MemoryError: K tangents do not fit; the message says how many do.
+        """
         plan = self.plan(seeds, outputs)
         first = next(iter(seeds.values()))
         k, given = first.shape[0], first.dtype
-        tangents: dict[int, Any] = {i: t.to(self.dtype or t.dtype) for i, t in seeds.items()}
-        with torch.no_grad():
-            for i in plan.active:
-                step = self.program.steps[i]
-                if any(tangents.get(r) is not None for r in step.reads):
-                    tangents[i] = _rules.tangent(Call(step, i, self, tangents, k, plan.wanted.get(i, set())))
-                for r in plan.freed.get(i, ()):
-                    tangents.pop(r, None)
+        results: list[Tensor | None] = [None] * len(outputs)
+        take = results.__setitem__ if take is None else take
+        numbers: dict[int, list[int]] = {}
+        for number, position in enumerate(outputs):
+            numbers.setdefault(position, []).append(number)
+
+        def finish(position: int) -> None:
+            t = _rules.settled(tangents.get(position))
+            for number in numbers[position] if t is not None else ():
+                take(number, t.to(given))
+
+        with _memory.watched(self, plan, k, first):
+            tangents: dict[int, Any] = {i: t.to(self.dtype or t.dtype) for i, t in seeds.items()}
+            with torch.no_grad():
+                for i in plan.active:
+                    step = self.program.steps[i]
+                    if any(tangents.get(r) is not None for r in plan.reads[i]):
+                        tangents[i] = _rules.tangent(Call(step, i, self, tangents, k, plan.wanted.get(i, set())))
+                    if i in numbers and i not in plan.read:
+                        finish(i)
+                        tangents.pop(i, None)
+                    for r in plan.freed.get(i, ()):
+                        tangents.pop(r, None)
+            for position in numbers:
+                if position in plan.read or position in seeds:
+                    finish(position)
         self.drop_unasked()
-        found = [None if o is None else _rules.settled(tangents.get(o)) for o in outputs]
-        return [None if t is None else t.to(given) for t in found]
+        return results

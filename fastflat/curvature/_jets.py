@@ -34,13 +34,13 @@ def summed_forms(linear: Linear, seeds: dict[int, Tensor], loss: int, groups: in
     with torch.no_grad():
         for i in plan.active:
             step, wanted = linear.program.steps[i], plan.wanted.get(i, set())
-            moves = any(first.get(r) is not None for r in step.reads)
+            moves = any(first.get(r) is not None for r in plan.reads[i])
             bent = pushed = None
             if moves:
                 call = Call(step, i, linear, first, k, wanted)
                 bent = _rules.bend(call, groups)
                 first[i] = _rules.tangent(call)
-            if any(second.get(r) is not None for r in step.reads):
+            if any(second.get(r) is not None for r in plan.reads[i]):
                 pushed = _rules.settled(_rules.tangent(Call(step, i, linear, second, groups, wanted)))
             if bent is not None or pushed is not None:
                 second[i] = _plus(bent, pushed)

@@ -39,6 +39,10 @@ class Step(NamedTuple):
         return self.op(*args[:cut], **dict(zip(self.keywords, args[cut:], strict=True)))
 
 
+is_item = operator.getitem
+_SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
 class Program(NamedTuple):
     """Steps in the order in which they can run; ``inputs`` and ``outputs`` are positions (an output may be None)."""
 
@@ -48,6 +52,13 @@ class Program(NamedTuple):
     constants: dict[int, Tensor]
     shapes: list[Any]  # of each step's result, a list for several
     random: list[int]  # steps that draw
+
+    def origin(self, position: int) -> Any:
+        """What gives the value of a step: itself, the step that it hands on, or (step, number) for one of several."""
+        step = self.steps[position]
+        if step.op in _SAME:
+            return self.origin(step.args[0].step)
+        return (step.args[0].step, step.args[1]) if step.op is is_item else position
 
 
 def mutates(node: Any) -> bool:
@@ -121,20 +132,17 @@ def _step(op: Callable, args: tuple, kwargs: dict) -> Step:
         keywords = tuple(a.name for a in schema.arguments if a.kwarg_only)
     reads: list[int] = []
     for a in args:
-        reads += [r.step for r in _refs(a)]
+        reads += [r.step for r in refs(a)]
     return Step(op, tuple(args), keywords, tuple(dict.fromkeys(reads)))
 
 
-def _refs(a: Any) -> list[Ref]:
+def refs(a: Any) -> list[Ref]:
     if isinstance(a, Ref):
         return [a]
-    return [r for part in a for r in _refs(part)] if isinstance(a, (list, tuple)) else []
+    return [r for part in a for r in refs(part)] if isinstance(a, (list, tuple)) else []
 
 
 def _filled(a: Any, value: Callable[[int], Any]) -> Any:
     if isinstance(a, Ref):
         return value(a.step)
     return [_filled(part, value) for part in a] if isinstance(a, (list, tuple)) else a
-
-
-is_item = operator.getitem

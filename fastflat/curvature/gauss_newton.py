@@ -36,15 +36,17 @@ class _ThroughOutputs(Operator):
     _at: tuple[Linear, Outputs] | None = None
     _loops = False
 
-    def _pushed(self, batch, tangents, wanted=None):
-        wanted = range(len(self._problem.names)) if wanted is None else wanted
+    def _pushed(self, batch, tangents, wanted, take):
         if not self._loops:
             try:
-                return self._through(batch, tangents, wanted)
+                self._through(batch, tangents, wanted, take)
+                return
             except Untraceable as reason:
                 self._loops = True
                 warnings.warn(f"fastflat.{self._name}: {reason}; double backward takes its place", stacklevel=5)
-        return self._looped(batch, tangents, wanted)
+        for number, found in enumerate(self._looped(batch, tangents, wanted)):
+            if found is not None:
+                take(number, found)
 
     def _forms(self, batch, tangents, groups):
         if self._loops:
@@ -64,12 +66,11 @@ class _ThroughOutputs(Operator):
         moved = [z.new_zeros(k, *z.shape) if m is None else m for m, z in zip(moved, outputs.tensors, strict=True)]
         return linear, traced, moved, self._between(batch, outputs, moved)
 
-    def _through(self, batch, tangents, wanted):
+    def _through(self, batch, tangents, wanted, take):
         linear, traced, _, back = self._at_outputs(batch, tangents)
         seeds = {c: b for c, b in zip(traced.cotangents, back, strict=True) if b is not None}
-        if not seeds:
-            return [None] * len(wanted)
-        return linear.push(seeds, [traced.gradients[i] for i in wanted])
+        if seeds:
+            linear.push(seeds, [traced.gradients[i] for i in wanted], take)
 
     def _looped(self, batch, tangents, wanted):
         """The same one vector after another: ``J v`` is the derivative, by the cotangent, of ``<J^T c, v>``."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -91,10 +91,9 @@ class Operator:
             _checks.fail(self._name, "name", f"be one of {', '.join(self.blocks)}", repr(name))
         where = self.blocks[name]
 
-        def products(batch: Batch, rows: Tensor) -> Tensor:
+        def products(batch: Batch, rows: Tensor, into: Tensor, share: float) -> None:
             tangents = self._split(rows, name)
-            found = self._pushed(batch, tangents, list(tangents))[0]
-            return torch.zeros_like(rows) if found is None else found.reshape(rows.shape)
+            self._pushed(batch, tangents, list(tangents), lambda _, t: into.add_(t.reshape(rows.shape), alpha=share))
 
         return self._over_data(v, products, where.stop - where.start)
 
@@ -209,8 +208,9 @@ class Operator:
         if v.dtype != self.dtype or v.device != self.device:
             _checks.fail(self._name, "V", f"be {self.dtype} on {self.device}", f"{v.dtype} on {v.device}")
 
-    def _over_data(self, v: Tensor, products: Callable[[Batch, Tensor], Tensor], size: int | None = None) -> Tensor:
-        """The mean or sum over all batches and ranks of the products of each batch, with rows of ``size`` or n."""
+    def _over_data(self, v: Tensor, products: _Products, size: int | None = None) -> Tensor:
+        """The mean or sum over all batches and ranks of the products of each batch, with rows of ``size`` or n;
+        ``products(batch, rows, into, share)`` adds ``share`` of them to ``into``."""
         size = self.shape[0] if size is None else size
         if not isinstance(v, Tensor) or v.dim() != 2 or v.shape[1] != size:
             got = list(v.shape) if isinstance(v, Tensor) else type(v)
@@ -219,8 +219,8 @@ class Operator:
         v = v.detach()
         return self._summed(v, torch.zeros_like(v, memory_format=torch.contiguous_format), products)
 
-    def _summed(self, v: Tensor, total: Tensor, made: Callable[[Batch, Tensor], Tensor], per: int = 1) -> Tensor:
-        """``total`` plus what is made of ``per`` rows of v for each row of it, over all batches and ranks."""
+    def _summed(self, v: Tensor, total: Tensor, products: _Products, per: int = 1) -> Tensor:
+        """``total`` with what ``per`` rows of v make for each row of it, over all batches and ranks."""
         if not v.shape[0]:
             return total
         weight = 0.0
@@ -231,7 +231,7 @@ class Operator:
                 weight += self._problem.weight(batch)
                 share = self._problem.share(batch)
                 for rows, into in zip(v.split(rows_at_once * per), total.split(rows_at_once), strict=True):
-                    into.add_(made(batch, rows), alpha=share)
+                    products(batch, rows, into, share)
         if self._group is not None:
             weight = self._reduced(total, weight)
         return total.div_(weight) if self._problem.reduction == "mean" and weight else total
@@ -254,20 +254,19 @@ class Operator:
                     f"{self._microbatch}, and {name} in train mode", "; put it into eval mode",
                 )  # fmt: skip
 
-    def _products(self, batch: Batch, v: Tensor) -> Tensor:
+    def _products(self, batch: Batch, v: Tensor, into: Tensor, share: float) -> None:
         """Products of one batch's matrix with ``[K, n]``."""
-        return self._packed(v, self._pushed(batch, self._split(v, None)))
+        wheres = list(self.blocks.values())
 
-    def _block_products(self, batch: Batch, v: Tensor) -> Tensor:
-        parts = unpacked(v, self._problem.params)
-        return self._packed(v, [self._pushed(batch, {i: part}, [i])[0] for i, part in enumerate(parts)])
+        def take(i: int, t: Tensor) -> None:
+            into[:, wheres[i]].add_(t.reshape(len(v), -1), alpha=share)
 
-    def _packed(self, v: Tensor, parts: list[Tensor | None]) -> Tensor:
-        out = torch.zeros_like(v, memory_format=torch.contiguous_format)
-        for where, part in zip(self.blocks.values(), parts, strict=True):
-            if part is not None:
-                out[:, where] = part.reshape(len(v), -1)
-        return out
+        self._pushed(batch, self._split(v, None), range(len(wheres)), take)
+
+    def _block_products(self, batch: Batch, v: Tensor, into: Tensor, share: float) -> None:
+        for i, (where, part) in enumerate(zip(self.blocks.values(), unpacked(v, self._problem.params), strict=True)):
+            of_block = into[:, where]
+            self._pushed(batch, {i: part}, [i], lambda _, t, of=of_block: of.add_(t.reshape(of.shape), alpha=share))
 
     def mean_forms(self, v: Tensor, per: int, name: str | None = None) -> Tensor:
         """The mean of ``v_k^T H v_k`` over each ``per`` neighbours of K vectors ``[K, n]``, float64 ``[K / per]``; with
@@ -281,13 +280,13 @@ class Operator:
             RuntimeError: an operation has no second derivative that could be had.
         """
 
-        def made(batch: Batch, rows: Tensor) -> Tensor:
-            groups = len(rows) // per
-            found = self._forms(batch, self._split(rows, name), groups)
-            return rows.new_zeros(groups, dtype=torch.float64) if found is None else found.double() / per
+        def forms(batch: Batch, rows: Tensor, into: Tensor, share: float) -> None:
+            found = self._forms(batch, self._split(rows, name), len(rows) // per)
+            if found is not None:
+                into.add_(found.double(), alpha=share / per)
 
         total = torch.zeros(len(v) // per, dtype=torch.float64, device=v.device)
-        return self._summed(v.detach(), total, made, per)
+        return self._summed(v.detach(), total, forms, per)
 
     def _split(self, rows: Tensor, name: str | None) -> dict[int, Tensor]:
         """Rows as tangents of the parameters, by their number; all of them or one."""
@@ -301,10 +300,19 @@ class Operator:
         raise NotImplementedError
 
     def _pushed(
-        self, batch: Batch, tangents: dict[int, Tensor], wanted: list[int] | None = None
-    ) -> list[Tensor | None]:
-        """Results for some parameters (by number) of K tangents of some parameters, at one batch."""
+        self,
+        batch: Batch,
+        tangents: dict[int, Tensor],
+        wanted: Sequence[int],
+        take: Callable[[int, Tensor], object],
+    ) -> None:
+        """``take(i, products)`` for the i-th of some parameters (by number) and K tangents of some parameters, at one
+        batch; not for those of zeros."""
         raise NotImplementedError
+
+
+#: Adds products of one batch with rows to a tensor, times a factor.
+_Products = Callable[[Batch, Tensor, Tensor, float], None]
 
 
 class Hessian(Operator):
@@ -358,21 +366,21 @@ class Hessian(Operator):
         (loss,) = traced.outputs
         return _jets.summed_forms(linear, {traced.params[i]: t for i, t in tangents.items()}, loss, groups)
 
-    def _pushed(self, batch, tangents, wanted=None):
-        wanted = range(len(self._problem.names)) if wanted is None else wanted
+    def _pushed(self, batch, tangents, wanted, take):
         if self._method not in _LOOPS:
             try:
                 linear, traced = self._problem.at(batch, "gradient")
                 seeds = {traced.params[i]: t for i, t in tangents.items()}
-                return linear.push(seeds, [traced.gradients[i] for i in wanted])
+                linear.push(seeds, [traced.gradients[i] for i in wanted], take)
+                return
             except Untraceable as reason:
                 if self._method == "engine":
                     raise
                 self._method = "double_backward"
                 warnings.warn(f"fastflat.{self._name}: {reason}; double backward takes its place", stacklevel=5)
-        return self._looped(batch, tangents, wanted)
+        self._looped(batch, tangents, wanted, take)
 
-    def _looped(self, batch, tangents, wanted):
+    def _looped(self, batch, tangents, wanted, take):
         problem = self._problem
         params = [p.detach() for p in problem.params]
         k = len(next(iter(tangents.values())))
@@ -384,4 +392,5 @@ class Hessian(Operator):
                 return problem.loss(problem.output(batch, values), targets)
 
         found = _LOOPS[self._method](loss, params, full)
-        return [found[i] for i in wanted]
+        for number, i in enumerate(wanted):
+            take(number, found[i])

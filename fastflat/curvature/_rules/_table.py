@@ -3,44 +3,76 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastflat.curvature._program import Ref, Step
+from fastflat.curvature._program import Ref, Step, refs
 
 #: Rule of each op: a function of :class:`Call` that returns the K tangents of the result, a tuple of them for an op
 #: with several results; None is zero.
 RULES: dict[Callable, Callable[[Call], Any]] = {}
 
 
-def rule(*ops: Callable) -> Callable:
-    """Enter a function as the rule of these ops."""
+#: Numbers of arguments on whose tangents the result does not depend: second derivatives that are zero.
+UNMOVED: dict[Callable, tuple[int, ...]] = {}
+
+
+def rule(*ops: Callable, unmoved: tuple[int, ...] = ()) -> Callable:
+    """Enter a function as the rule of these ops, which does not look at the tangents of ``unmoved`` arguments."""
 
     def enter(function):
         for op in ops:
             RULES[op] = function
+            UNMOVED[op] = unmoved
         return function
 
     return enter
 
 
-class Scaled:
-    """K tangents times a primal factor of their shape, multiplied when somebody needs the product. A chain of
-    element-wise ops, such as an activation and the quantizer behind it, so makes one pass over the K tangents."""
+def moving_reads(step: Step) -> tuple[int, ...]:
+    """The steps whose tangents make those of this one."""
+    skipped = UNMOVED.get(step.op, ())
+    if not skipped:
+        return step.reads
+    kept = step._replace(args=tuple(a for i, a in enumerate(step.args) if i not in skipped))
+    return tuple(dict.fromkeys(r.step for a in kept.args for r in refs(a)))
 
-    def __init__(self, base: Tensor, factor: Tensor) -> None:
-        self._base, self.factor, self._product = base, factor, None
+
+class Scaled:
+    """K tangents times primal factors of their shape, multiplied when somebody needs the product. A chain of
+    element-wise ops, such as an activation and the quantizer behind it, so makes one pass over the K tangents, and
+    only the product of its factors is kept."""
+
+    def __init__(self, linear: Any, base: Tensor, factors: tuple[tuple[Any, Callable[[], Tensor]], ...]) -> None:
+        self._linear, self._base, self._factors, self._product = linear, base, factors, None
 
     def product(self) -> Tensor:
         if self._product is None:
-            self._product, self._base = self._base * self.factor, None
+            self._product, self._base = self._base * self.factor(), None
         return self._product
 
-    def parts(self) -> tuple[Tensor, Tensor | None]:
-        return (self._base, self.factor) if self._product is None else (self._product, None)
+    def factor(self) -> Tensor:
+        """The product of the factors, made once."""
+        return self._linear.once(("factors", self.key()), lambda: math.prod(make() for _, make in self._factors))
+
+    def key(self) -> tuple:
+        return tuple(key for key, _ in self._factors)
+
+    def times(self, key: Any, make: Callable[[], Tensor]) -> Scaled:
+        """The same with one factor more."""
+        if self._product is not None:
+            return Scaled(self._linear, self._product, ((key, make),))
+        return Scaled(self._linear, self._base, (*self._factors, (key, make)))
+
+    def mapped(self, name: str, function: Callable[[Tensor], Tensor]) -> Tensor | Scaled:
+        """The same behind a linear op that only picks elements."""
+        if self._product is not None:
+            return function(self._product)
+        return Scaled(self._linear, function(self._base), (((name, self.key()), lambda: function(self.factor())),))
 
 
 def settled(t: Any) -> Any:
@@ -118,13 +150,22 @@ class Call:
         return self._tangents.get(self._step.args[index].step)
 
     def scaled(self, index: int, key: Any, make: Callable[[], Tensor]) -> Scaled:
-        """An argument's tangents times a primal factor of the same shape, made once."""
+        """An argument's tangents times a primal factor of the same shape, made once for a key."""
         t = self.passed(index)
-        base, before = t.parts() if isinstance(t, Scaled) else (t, None)
-        factor = self.once(key, make)
-        if before is not None:
-            factor = self.once((key, id(before)), lambda: before * self.once(key, make))
-        return Scaled(base, factor)
+        if isinstance(t, Scaled):
+            return t.times(key, make)
+        return Scaled(self._linear, t, ((key, make),))
+
+    def origin(self, index: int) -> Any:
+        """What an argument is, for the key of a quantity that several steps share; see :meth:`Program.origin`."""
+        arg = self._step.args[index]
+        if isinstance(arg, Ref):
+            return self.program.origin(arg.step)
+        return tuple(arg) if isinstance(arg, list) else arg
+
+    def place(self, item: int | None = None) -> Any:
+        """The same of the result, or of one of several."""
+        return self._position if item is None else (self._position, item)
 
     def tangents(self) -> list[Any]:
         """The tangents of all arguments."""
@@ -133,6 +174,10 @@ class Call:
     def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """A quantity of primal values alone, computed once for all tangents and all products of a batch."""
         return self._linear.once((self._position, key), make)
+
+    def shared(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """The same for a key that holds all that it depends on: also computed once for all steps."""
+        return self._linear.once(("shared", key), make)
 
     def shape(self, index: int) -> torch.Size:
         return self._linear.program.shapes[self._step.args[index].step]

@@ -46,10 +46,9 @@ def _dot(t: Tensor, p: Tensor) -> Tensor:
 @rule(aten.native_batch_norm.default)
 def batch_norm(c: Call):
     x, w, b = c.tangents()[:3]
-    training, eps = c.primal(5), c.primal(7)
+    training = c.primal(5)
     shape, ndim = c.out_shape[0], len(c.out_shape[0])
-    mean, inv = _statistics(c, training, eps, (c.out[1], c.out[2]) if training else (None, None), 3)
-    normal = _normal(c, 0, mean, inv)
+    normal, inv = normal_of_batch(c)
     shift, along = b, w
     m = moved = None
     if x is not None and training:
@@ -71,6 +70,14 @@ def batch_norm(c: Call):
     return out, m, moved
 
 
+def normal_of_batch(c: Call) -> tuple[Callable[[], Tensor], Tensor]:
+    """What gives x^, and i ``[C]``, of a batch norm in its forward pass."""
+    training, eps = c.primal(5), c.primal(7)
+    mean, inv = _statistics(c, training, eps, (c.out[1], c.out[2]) if training else (None, None), 3)
+    key = (c.place(1), c.place(2)) if training else (c.origin(3), c.origin(4), eps)
+    return _normal(c, 0, mean, inv, key), inv
+
+
 def _statistics(c: Call, training: bool, eps: float, saved: tuple, running: int) -> tuple[Tensor, Tensor]:
     """Mean and inverse deviation ``[C]`` that the layer used."""
     if training:
@@ -78,14 +85,14 @@ def _statistics(c: Call, training: bool, eps: float, saved: tuple, running: int)
     return c.primal(running), c.once("inv", lambda: (c.primal(running + 1) + eps).rsqrt())
 
 
-def _normal(c: Call, index: int, mean: Tensor, inv: Tensor):
-    """Gives x^, made when it is first asked for."""
+def _normal(c: Call, index: int, mean: Tensor, inv: Tensor, key: tuple):
+    """Gives x^, made when it is first asked for; ``key`` says which statistics."""
 
     def make():
         x = c.primal(index)
         return (x - _channel(mean, x.dim())).mul_(_channel(inv, x.dim()))
 
-    return lambda: c.once("normal", make)
+    return lambda: c.shared(("normal", c.origin(index), *key), make)
 
 
 @rule(aten.native_batch_norm_backward.default)
@@ -94,7 +101,9 @@ def batch_norm_backward(c: Call):
     training, eps = c.primal(7), c.primal(8)
     mean, inv = _statistics(c, training, eps, (c.primal(5), c.primal(6)) if training else (None, None), 3)
     scale = inv if c.primal(2) is None else inv * c.primal(2)
-    normal = _normal(c, 1, mean, inv)
+    normal = _normal(
+        c, 1, mean, inv, tuple(map(c.origin, (5, 6) if training else (3, 4))) + (() if training else (eps,))
+    )
     shape, ndim = c.out_shape[0], len(c.out_shape[0])
 
     needs_dots = training or 1 in c.wanted

@@ -18,7 +18,7 @@ def combined(c: Call, factors: dict[int, float | Callable[[], Tensor]]) -> Tenso
     shape = (c.k, *c.out_shape)
     moving = [i for i in factors if c.moves(i)]
     if len(moving) == 1 and not isinstance(factors[moving[0]], (int, float)) and c.shape(moving[0]) == shape[1:]:
-        return c.scaled(moving[0], moving[0], factors[moving[0]])
+        return c.scaled(moving[0], (c.place(), moving[0]), factors[moving[0]])
     total = None
     for index, factor in factors.items():
         t = c.tangent(index)
@@ -73,14 +73,13 @@ def div(c: Call):
 
 @rule(aten.relu.default)
 def relu(c: Call):
-    return c.scaled(0, "mask", lambda: (c.out <= 0).logical_not().to(c.out.dtype))
+    return c.scaled(0, ("above", c.place(), 0), lambda: (c.out <= 0).logical_not().to(c.out.dtype))
 
 
-@rule(aten.threshold_backward.default)
+@rule(aten.threshold_backward.default, unmoved=(1,))
 def threshold_backward(c: Call):
-    if not c.moves(0):
-        return None
-    return c.scaled(0, "mask", lambda: (c.primal(1) <= c.primal(2)).logical_not().to(c.primal(1).dtype))
+    above = ("above", c.origin(1), c.primal(2))
+    return c.scaled(0, above, lambda: (c.primal(1) <= c.primal(2)).logical_not().to(c.primal(1).dtype))
 
 
 @rule(aten.where.self)
@@ -141,15 +140,17 @@ def partial(c: Call, index: int) -> Tensor:
     *(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.maximum.default, aten.minimum.default),
     *(aten.gelu_backward.default, aten.silu_backward.default, aten.sigmoid_backward.default),
     *(aten.tanh_backward.default, aten.mish_backward.default, aten.elu_backward.default),
-    *(aten.leaky_relu_backward.default, aten.hardtanh_backward.default, aten.hardswish_backward.default),
-    *(
-        aten.softplus_backward.default,
-        aten.hardsigmoid_backward.default,
-        aten.addcmul.default,
-        aten.addcdiv.default,
-        aten.xlogy.Tensor,
-    ),
+    aten.hardswish_backward.default,
+    *(aten.softplus_backward.default, aten.addcmul.default, aten.addcdiv.default, aten.xlogy.Tensor),
     *(aten.lerp.Tensor, aten.lerp.Scalar),
 )
 def elementwise(c: Call):
     return combined(c, {i: lambda i=i: partial(c, i) for i in range(len(c.step.args)) if c.moves(i)})
+
+
+@rule(
+    *(aten.leaky_relu_backward.default, aten.hardtanh_backward.default, aten.hardsigmoid_backward.default),
+    unmoved=(1,),
+)
+def piecewise(c: Call):
+    return combined(c, {0: lambda: partial(c, 0)})

@@ -98,17 +98,12 @@ def max_pool(c: Call):
         )
 
     x = c.passed(0)
-    base, factor = x.parts() if isinstance(x, Scaled) else (x, None)
-    if factor is None:
-        return picked(base), None
-    return Scaled(picked(base), c.once(("picked", id(factor)), lambda: picked(factor))), None
+    return (x.mapped(f"picked {c.place()}", picked) if isinstance(x, Scaled) else picked(x)), None
 
 
-@rule(aten.max_pool2d_with_indices_backward.default)
+@rule(aten.max_pool2d_with_indices_backward.default, unmoved=(1,))
 def max_pool_backward(c: Call):
     g = c.tangent(0)
-    if g is None:
-        return None
     where, shape = c.primal(7), c.out_shape
     out = g.new_zeros(c.k, *shape[:-2], shape[-2] * shape[-1])
     out.scatter_add_(-1, where.flatten(-2).expand(c.k, *where.shape[:-2], -1), g.flatten(-2))
@@ -127,11 +122,12 @@ def per_image(c: Call):
     return c.op(x.flatten(0, 1), *args).unflatten(0, x.shape[:2])
 
 
-@rule(aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d_backward.default, aten.avg_pool3d_backward.default)
+@rule(
+    *(aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d_backward.default, aten.avg_pool3d_backward.default),
+    unmoved=(1,),
+)
 def per_image_backward(c: Call):
     g = c.tangent(0)
-    if g is None:
-        return None
     shape = c.shape(1)
     like = g.new_empty(1).expand(c.k * shape[0], *shape[1:])
     args = [c.primal(i) for i in range(2, len(c.step.args))]
@@ -143,7 +139,7 @@ def resampled_backward(c: Call):
     return mapped(c, 0)
 
 
-@rule(aten.nll_loss_backward.default, aten.nll_loss2d_backward.default)
+@rule(aten.nll_loss_backward.default, aten.nll_loss2d_backward.default, unmoved=(1,))
 def nll_backward(c: Call):
     # Linear in the gradient of the loss, whatever the scores.
     return mapped(c, 0)

@@ -27,7 +27,7 @@ class _Grid:
     def __init__(self, c: Call, first: int, extra: int, push: Any, factor: float, trained: bool) -> None:
         # first: position of x among the arguments; extra: how many draws lie between zero_point and the grid
         self._c, self._push, self._factor, self.trained = c, push, factor, trained
-        self._point = [c.primal(first + i) for i in range(3 + extra)]
+        self._places = range(first, first + 3 + extra)
         after = first + 3 + extra + (1 if c.op is ops.general_quantize_bwd.default else 0)
         self._grid = [c.primal(after + i) for i in range(6)]
 
@@ -40,18 +40,30 @@ class _Grid:
         return self._grid[3]
 
     @property
-    def zero_point(self) -> Tensor | None:
-        return self._point[2]
+    def has_zero_point(self) -> bool:
+        return self._c.step.args[self._places[2]] is not None
+
+    def point(self) -> list[Any]:
+        """x, the scale, the zero-point, and what was drawn."""
+        return [self._c.primal(i) for i in self._places]
 
     def along(self, which: int) -> Tensor:
         """dy by x (0), by the scale (1), by the zero-point (2)."""
+        return self._c.shared(self.key(which), lambda: self._along(which))
 
-        def make():
-            ones: list[Tensor | None] = [None, None, None]
-            ones[which] = torch.ones_like(self._point[which])
-            return self._push(*ones, *self._point, *self._grid, self._factor, None).to(self._point[0].dtype)
+    def _along(self, which: int) -> Tensor:
+        point = self.point()
+        ones: list[Tensor | None] = [None, None, None]
+        ones[which] = torch.ones_like(point[which])
+        return self._push(*ones, *point, *self._grid, self._factor, None).to(point[0].dtype)
 
-        return self._c.once(("along", which), make)
+    def key(self, which: int) -> Any:
+        """Of a derivative that the quantizer and its backward share."""
+        return "along", which, *map(self._c.origin, self._places), *self._grid, self._factor
+
+    def scaled(self) -> Any:
+        """The tangents of the first argument times dy by x."""
+        return self._c.scaled(0, self.key(0), lambda: self._along(0))
 
     def spread(self, t: Tensor, ndim: int) -> Tensor:
         """K tangents of a scale, shaped to broadcast against K tangents of x; groups are along a last axis of their
@@ -77,7 +89,7 @@ class _Grid:
 def _forward(c: Call, grid: _Grid):
     s, z = (c.tangent(i) if grid.trained else None for i in (1, 2))
     ndim = len(c.out_shape)
-    out = c.scaled(0, ("along", 0), lambda: grid.along(0)) if c.moves(0) else None
+    out = grid.scaled() if c.moves(0) else None
     if s is None and z is None:
         return out
     out = None if out is None else out.product()
@@ -95,10 +107,10 @@ def _forward(c: Call, grid: _Grid):
 
 def _backward(c: Call, grid: _Grid, scale: int):
     s, z = c.tangent(scale), c.tangent(scale + 1)
-    has_zero = grid.zero_point is not None
+    has_zero = grid.has_zero_point
     gx = gs = gz = None
     if c.moves(0):
-        gx = c.scaled(0, ("along", 0), lambda: grid.along(0)) if 0 in c.wanted else None
+        gx = grid.scaled() if 0 in c.wanted else None
         shape = c.shape(scale)
         if grid.trained and 1 in c.wanted:
             gs = grid.summed(c.tangent(0) * grid.along(1), shape)
@@ -132,7 +144,7 @@ def fake_quantize(c: Call):
     return _forward(c, _Grid(c, 0, 0, ops.fake_quantize_jvp, *_of_forward(c, ops.fake_quantize_bwd.default)))
 
 
-@rule(ops.fake_quantize_bwd.default)
+@rule(ops.fake_quantize_bwd.default, unmoved=(1,))
 def fake_quantize_backward(c: Call):
     return _backward(c, _Grid(c, 1, 0, ops.fake_quantize_jvp, *c.step.args[-2:]), 2)
 
@@ -142,7 +154,7 @@ def fake_quantize_absmax(c: Call):
     grid = [c.primal(i) for i in range(1, 7)]
     x = c.primal(0)
     return c.scaled(
-        0, "m", lambda: ops.fake_quantize_bwd(torch.ones_like(x), x, c.out[1], None, *grid, 1.0, False)[0]
+        0, (c.place(), "m"), lambda: ops.fake_quantize_bwd(torch.ones_like(x), x, c.out[1], None, *grid, 1.0, False)[0]
     ), None
 
 
@@ -151,7 +163,7 @@ def general_quantize(c: Call):
     return _forward(c, _Grid(c, 0, 3, ops.general_quantize_jvp, *_of_forward(c, ops.general_quantize_bwd.default)))
 
 
-@rule(ops.general_quantize_bwd.default)
+@rule(ops.general_quantize_bwd.default, unmoved=(1,))
 def general_quantize_backward(c: Call):
     # The EWGS factor depends on the sign of g and is held constant, as everything of second order does.
     return *_backward(c, _Grid(c, 1, 3, ops.general_quantize_jvp, *c.step.args[-3:-1]), 2), None

@@ -78,7 +78,7 @@ def group_norm(c: Call):
 
 def _forward(c: Call, rows: Rows, weight: int):
     x, w, b = rows.see_k(c.tangent(0)), rows.weight_k(c.tangent(weight)), rows.weight_k(c.tangent(weight + 1))
-    normal, inv = _row_normal(c, rows, 0, c.out[1], c.out[2])
+    normal, inv = row_normal(c, rows, 0, c.out[1], c.out[2], (c.place(1), c.place(2)))
     out = m = i = None
     if x is not None:
         m, s = rows.mean(x, 1), rows.mean(x * normal, 1)
@@ -94,13 +94,13 @@ def _forward(c: Call, rows: Rows, weight: int):
     return out.reshape(c.k, *c.out_shape[0]), m, i
 
 
-def _row_normal(c: Call, rows: Rows, index: int, mean: Tensor, inv: Tensor) -> tuple[Tensor, Tensor]:
-    """x^ and i, in the shape of the rows."""
+def row_normal(c: Call, rows: Rows, index: int, mean: Tensor, inv: Tensor, key: tuple) -> tuple[Tensor, Tensor]:
+    """x^ and i, in the shape of the rows; ``key`` says which statistics."""
 
     def make():
         return (rows.see(c.primal(index)) - rows.statistic(mean)) * rows.statistic(inv)
 
-    return c.once("normal", make), c.once("inv", lambda: rows.statistic(inv))
+    return c.shared(("normal", c.origin(index), *key), make), c.once("inv", lambda: rows.statistic(inv))
 
 
 @rule(aten.native_layer_norm_backward.default)
@@ -117,7 +117,8 @@ def _backward(c: Call, rows: Rows, mean: int, weight: int):
     g, x = rows.see_k(c.tangent(0)), rows.see_k(c.tangent(1))
     m, i = rows.statistic_k(c.tangent(mean)), rows.statistic_k(c.tangent(mean + 1))
     w = rows.weight_k(c.tangent(weight))
-    normal, inv = _row_normal(c, rows, 1, c.primal(mean), c.primal(mean + 1))
+    statistics = (c.origin(mean), c.origin(mean + 1))
+    normal, inv = row_normal(c, rows, 1, c.primal(mean), c.primal(mean + 1), statistics)
     weighted = c.primal(weight) is not None
 
     moved = None  # Rx^

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from fastflat.curvature._program import Untraceable
 from fastflat.curvature._rules._table import Call, aligned
-from fastflat.curvature._rules.batch_norm import _channel
+from fastflat.curvature._rules.batch_norm import _channel, normal_of_batch
 from fastflat.curvature._rules.convolution import Geometry, _channels, _joined, _joins
 from fastflat.curvature._rules.elementwise import _DIFFERENTIABLE
 from fastflat.curvature._rules.reduction import reduced, weighted
-from fastflat.curvature._rules.row_norm import Rows, _group_rows, _layer_rows
+from fastflat.curvature._rules.row_norm import Rows, _group_rows, _layer_rows, row_normal
 
 aten, ops = torch.ops.aten, torch.ops.fastflat
 
@@ -283,16 +283,12 @@ def _normal_bend(u: Tensor, normal: Tensor, inv: Tensor, over: list[int], groups
 @second(aten.native_batch_norm.default)
 def batch_norm(c: Call, groups: int):
     x, w = c.tangent(0), c.tangent(1)
-    training, eps, shape = c.primal(5), c.primal(7), c.out_shape[0]
+    training, shape = c.primal(5), c.out_shape[0]
     n, weight = len(shape), c.primal(1)
     if x is None or (w is None and not training):
         return None
-    if training:
-        mean, inv = c.out[1], c.out[2]
-    else:
-        mean, inv = c.primal(3), c.once("inv", lambda: (c.primal(4) + eps).rsqrt())
-    normal = c.once("normal", lambda: (c.primal(0) - _channel(mean, n)).mul_(_channel(inv, n)))
-    inv, bent = _channel(inv, n), None
+    normal, inv = normal_of_batch(c)
+    normal, inv, bent = normal(), _channel(inv, n), None
     if training:
         over = [d for d in range(1, n + 1) if d != 2]
         moved, bent = _normal_bend(x - x.mean(over, True), normal, inv, over, groups)
@@ -319,8 +315,7 @@ def _rows_bend(c: Call, rows: Rows, weight: int, groups: int):
     x, w = rows.see_k(c.tangent(0)), rows.weight_k(c.tangent(weight))
     if x is None:
         return None
-    inv = rows.statistic(c.out[2])
-    normal = c.once("normal", lambda: (rows.see(c.primal(0)) - rows.statistic(c.out[1])) * inv)
+    normal, inv = row_normal(c, rows, 0, c.out[1], c.out[2], (c.place(1), c.place(2)))
     over = [d + 1 for d in rows.over]
     moved, bent = _normal_bend(x - x.mean(over, True), normal, inv, over, groups)
     if c.primal(weight) is not None:
