@@ -17,7 +17,7 @@ times beyond: :data:`_LARGEST`. Groups join the batch only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,9 +84,17 @@ def _joins(k: int, weight: torch.Size, shape: Geometry) -> bool:
     return shape.groups == 1 and k * weight.numel() <= _LARGEST
 
 
-def _backward(g: Tensor, x: Tensor, w: Tensor, shape: Geometry, by_input: bool) -> Tensor:
-    results = aten.convolution_backward(g, x, w, None, *shape, [by_input, not by_input, False])
-    return results[0 if by_input else 1]
+def _input_gradient(g: Tensor, w: Tensor, shape: Geometry, space: Sequence[int]) -> Tensor:
+    """dgrad(g, w) as a convolution itself: convolution_backward copies an input of which it needs the shape alone."""
+    if shape.transposed:
+        return aten.convolution(g, w, None, *shape[:3], False, [0] * len(space), shape.groups)
+    axes = zip(space, g.shape[2:], w.shape[2:], *shape[:3], strict=True)
+    rest = [size - ((n - 1) * stride - 2 * pad + apart * (k - 1) + 1) for size, n, k, stride, pad, apart in axes]
+    return aten.convolution(g, w, None, *shape[:3], True, rest, shape.groups)
+
+
+def _weight_gradient(g: Tensor, x: Tensor, w: Tensor, shape: Geometry) -> Tensor:
+    return aten.convolution_backward(g, x, w, None, *shape, [False, True, False])[1]
 
 
 def _shaped_as(x: Tensor, *shape: int) -> Tensor:
@@ -118,8 +126,9 @@ def convolution(c: Call):
 def convolution_backward(c: Call):
     g, x, w = c.tangents()[:3]
     shape = Geometry(*(c.primal(i) for i in range(4, 10)))
-    by_input = _by_input(c, g, w, shape) if 0 in c.wanted else None
+    # The small result first: the copies that it takes are gone when the large one comes.
     by_weight = _by_weight(c, g, x, shape) if 1 in c.wanted else None
+    by_input = _by_input(c, g, w, shape) if 0 in c.wanted else None
     by_bias = None
     if g is not None and 2 in c.wanted:
         by_bias = g.sum([d for d in range(1, g.dim()) if d != 2])
@@ -127,19 +136,15 @@ def convolution_backward(c: Call):
 
 
 def _by_input(c: Call, g: Tensor | None, w: Tensor | None, shape: Geometry) -> Tensor | None:
-    k, (n, channels, *space) = c.k, c.shape(1)
+    k, (n, _, *space) = c.k, c.shape(1)
     out = None
     if g is not None:
-        weight = c.operand(2)
-        x = _shaped_as(weight, k * n, channels, *space)
-        out = _backward(g.flatten(0, 1), x, weight, shape, True).unflatten(0, (k, n))
+        out = _input_gradient(g.flatten(0, 1), c.operand(2), shape, space).unflatten(0, (k, n))
     if w is not None:
         g = c.operand(0)
         if _joins(k, w.shape[1:], shape):
-            x = _shaped_as(w, n, k * channels, *space)
-            return _plus(out, _per_k(_backward(g, x, _joined(w, shape.in_axis), shape, True), k))
-        x = _shaped_as(w, n, channels, *space)
-        out = _each(out, k, lambda i: _backward(g, x, w[i], shape, True))
+            return _plus(out, _per_k(_input_gradient(g, _joined(w, shape.in_axis), shape, space), k))
+        out = _each(out, k, lambda i: _input_gradient(g, w[i], shape, space))
     return out
 
 
@@ -167,7 +172,7 @@ def _weight_term(
     if _joins(k, weight, shape):
         wide = [*weight]
         wide[axis] *= k
-        y = _backward(*order(_channels(moving), fixed), _shaped_as(fixed, *wide), shape, False)
+        y = _weight_gradient(*order(_channels(moving), fixed), _shaped_as(fixed, *wide), shape)
         return _plus(out, y.unflatten(axis, (k, -1)).movedim(axis, 0))
     like = _shaped_as(fixed, *weight)
-    return _each(out, k, lambda i: _backward(*order(moving[i], fixed), like, shape, False))
+    return _each(out, k, lambda i: _weight_gradient(*order(moving[i], fixed), like, shape))
