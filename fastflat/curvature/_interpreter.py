@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastflat.curvature import _memory, _rules
-from fastflat.curvature._program import Program, Step, is_item
+from fastflat.curvature._program import Program, Ref, Step, is_item
 from fastflat.curvature._rules import Call
 
 
@@ -47,6 +47,47 @@ class Plan:
             if r not in outputs:
                 self.freed.setdefault(i, []).append(r)
         self.peak = _peak(program, seeds, self.active, last, outputs)
+        self.spent = _spent(program, self.active, self.reads)
+
+
+#: Arguments of products: a tangent of one asks for the value of the others.
+_FACTORS = {
+    torch.ops.aten.convolution.default: (0, 1),
+    torch.ops.aten.convolution_backward.default: (0, 1, 2),
+    torch.ops.aten.mm.default: (0, 1),
+    torch.ops.aten.addmm.default: (1, 2),
+    torch.ops.aten.bmm.default: (0, 1),
+    torch.ops.aten.mul.Tensor: (0, 1),
+}
+
+
+def _certainly_asked(step: Step, moving: Sequence[int]) -> list[int]:
+    factors = [a.step for i in _FACTORS.get(step.op, ()) if isinstance(a := step.args[i], Ref)]
+    return [r for r in factors if any(m in factors and m != r for m in moving)]
+
+
+def _spent(program: Program, active: list[int], reads: dict[int, tuple[int, ...]]) -> dict[int, list[int]]:
+    """After which active step a primal value is needed no more: after the last that has it for an argument, and after
+    the first that certainly asks for what is made of it."""
+    asked: dict[int, int] = {}
+    until: dict[int, int] = {}
+    for i in active:
+        step = program.steps[i]
+        for r in step.reads:
+            until[r] = i
+        until[i] = max(until.get(i, i), i)
+        for r in _certainly_asked(step, reads[i]):
+            asked.setdefault(r, i)
+    for q in range(len(program.steps) - 1, -1, -1):
+        if q in asked:
+            for p in program.steps[q].reads:
+                asked[p] = min(asked.get(p, asked[q]), asked[q])
+                until[p] = max(until.get(p, asked[q]), asked[q])
+    spent: dict[int, list[int]] = {}
+    for p, i in until.items():
+        if program.steps[p].op is not None and p not in program.random:
+            spent.setdefault(i, []).append(p)
+    return spent
 
 
 def _peak(program: Program, seeds: set[int], active: list[int], last: dict[int, int], outputs: set[int]) -> int:
@@ -107,6 +148,8 @@ class Linear:
         self._asked = {*self._values, *program.random}
         self._made: dict[Any, Tensor] = {}
         self._making = 0
+        self._computed: set[int] = set()
+        self._again = False
         if program.random:
             devices = list({t.device for t in inputs if t.device.type == "cuda"})
             with torch.random.fork_rng(devices):
@@ -119,16 +162,27 @@ class Linear:
         if not self._making:
             self._asked.add(position)
         if position not in values:
-            missing, open_ = set(), [position]
+            missing, open_, read = set(), [position], {}
             while open_:
                 i = open_.pop()
                 if i not in missing and i not in values:
                     missing.add(i)
-                    open_ += self.program.steps[i].reads
+                    step = self.program.steps[i]
+                    open_ += step.reads
+                    if step.op is is_item:
+                        read.setdefault(step.args[0].step, set()).add(step.args[1])
             with torch.no_grad():
                 for i in sorted(missing):
                     step = self.program.steps[i]
-                    values[i] = _rules.PRIMAL.get(step.op, Step.run)(step, values.__getitem__)
+                    # A guess about what a rule will ask for was wrong: from now on values stay while they may be asked.
+                    self._again = self._again or i in self._computed
+                    self._computed.add(i)
+                    own = _rules.PRIMAL.get(step.op)
+                    at = values.__getitem__
+                    values[i] = step.run(at) if own is None else own(step, at, read.get(i, set()))
+                for i in missing:
+                    if self.program.steps[i].op in _rules.PARTIAL:
+                        del values[i]  # some of its results, each a value by itself now
         return values[position]
 
     def cast(self, position: int) -> Any:
@@ -156,6 +210,11 @@ class Linear:
             self._plans[key] = Plan(self.program, seeds, [o for o in outputs if o is not None])
         return self._plans[key]
 
+    def _let_go(self, positions: Iterable[int]) -> None:
+        for position in positions:
+            if position not in self._asked:
+                self._values.pop(position, None)
+
     def drop_unasked(self) -> None:
         """Let go of values that served to compute others only."""
         for position in self._values.keys() - self._asked:
@@ -166,10 +225,12 @@ class Linear:
         seeds: dict[int, Tensor],
         outputs: Sequence[int | None],
         take: Callable[[int, Tensor], None] | None = None,
+        *,
+        first_of_two: bool = False,
     ) -> list[Tensor | None]:
         """The K tangents of some outputs (positions of steps) for K tangents of some inputs, each ``[K, *shape]``;
         None where nothing reaches an output. ``take(number of the output, tangents)`` is called instead, as soon as
-        they are there, so that not all of them are held.
+        they are there, so that not all of them are held. Values are kept for a second push where it is the first.
 
         Raises:
             MemoryError: K tangents do not fit; the message says how many do.
@@ -200,8 +261,12 @@ class Linear:
                         tangents.pop(i, None)
                     for r in plan.freed.get(i, ()):
                         tangents.pop(r, None)
+                    if not self._again and not first_of_two:
+                        self._let_go(plan.spent.get(i, ()))
             for position in numbers:
                 if position in plan.read or position in seeds:
                     finish(position)
-        self.drop_unasked()
+        if not first_of_two:
+            self.drop_unasked()
+            self._computed.clear()
         return results

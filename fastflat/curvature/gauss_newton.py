@@ -61,7 +61,8 @@ class _ThroughOutputs(Operator):
         if self._at is None or self._at[0] is not linear:
             self._at = (linear, Outputs([linear.value(z) for z in traced.outputs], traced.output_of, {}))
         outputs = self._at[1]
-        moved = linear.push({traced.params[i]: t for i, t in tangents.items()}, traced.outputs)
+        seeds = {traced.params[i]: t for i, t in tangents.items()}
+        moved = linear.push(seeds, traced.outputs, first_of_two=True)
         k = len(next(iter(tangents.values())))
         moved = [z.new_zeros(k, *z.shape) if m is None else m for m, z in zip(moved, outputs.tensors, strict=True)]
         return linear, traced, moved, self._between(batch, outputs, moved)

@@ -15,7 +15,7 @@ from fastflat.curvature._rules import (
 )
 from fastflat.curvature._rules._constant import CONSTANT
 from fastflat.curvature._rules._fallback import tangent
-from fastflat.curvature._rules._table import PRIMAL, RULES, Call, moving_reads, settled
+from fastflat.curvature._rules._table import PARTIAL, PRIMAL, RULES, Call, moving_reads, settled
 from fastflat.curvature._rules.second_order import bend
 
-__all__ = ["CONSTANT", "PRIMAL", "RULES", "Call", "bend", "moving_reads", "settled", "tangent"]
+__all__ = ["CONSTANT", "PARTIAL", "PRIMAL", "RULES", "Call", "bend", "moving_reads", "settled", "tangent"]

@@ -60,7 +60,8 @@ class Scaled:
         return self._linear.once(("factors", self.key()), lambda: math.prod(make() for _, make in self._factors))
 
     def key(self) -> tuple:
-        return tuple(key for key, _ in self._factors)
+        """Of the product: backward multiplies what forward did, in the other order."""
+        return tuple(sorted((key for key, _ in self._factors), key=repr))
 
     def times(self, key: Any, make: Callable[[], Tensor]) -> Scaled:
         """The same with one factor more."""
@@ -210,5 +211,8 @@ def added(*terms: Tensor | None) -> Tensor | None:
     return total
 
 
-#: How to compute the value of an op that must not be run as it stands: a function of the step and of what gives values.
-PRIMAL: dict[Callable, Callable[[Step, Callable[[int], Any]], Any]] = {}
+#: How to compute the value of an op that must not be run as it stands: a function of the step, of what gives values,
+#: and of the results that are read.
+PRIMAL: dict[Callable, Callable[[Step, Callable[[int], Any], set[int]], Any]] = {}
+#: Those of which only these results are then computed.
+PARTIAL: set[Callable] = set()

@@ -165,7 +165,7 @@ def _gathered(shift: Tensor | None, terms: list[tuple[Tensor, Tensor]], shape: t
     return out
 
 
-def _still(step: Step, value: Callable[[int], Any]) -> Any:
+def _still(step: Step, value: Callable[[int], Any], read: set[int]) -> Any:
     """Batch norm that leaves its running statistics where they are."""
     if not step.args[5]:
         return step.run(value)

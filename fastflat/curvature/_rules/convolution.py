@@ -18,17 +18,23 @@ times beyond: :data:`_LARGEST`. Groups join the batch only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastflat.curvature._rules._table import Call, rule
+from fastflat.curvature._program import Step
+from fastflat.curvature._rules._table import PARTIAL, PRIMAL, Call, rule
 
 aten = torch.ops.aten
 
 #: Elements of K weights together up to which K joins the channels.
 _LARGEST = 1 << 20
+
+
+#: Elements of a joined result up to which K are one call: the library's own copies of larger ones take more memory and
+#: no less time.
+_AT_ONCE = 1 << 22
 
 
 class Geometry(NamedTuple):
@@ -79,6 +85,22 @@ def _each(out: Tensor | None, k: int, make: Callable[[int], Tensor]) -> Tensor:
     return out
 
 
+def _in_pieces(out: Tensor | None, k: int, size: int, make: Callable[[slice], Tensor]) -> Tensor:
+    """``out + make(slice of K)``, as many K at once as keep what carries them, ``size`` elements each, small."""
+    count = -(-k // max(1, min(k, _AT_ONCE // max(size, 1))))
+    step = -(-k // count)
+    if step >= k:
+        return _plus(out, make(slice(0, k)))
+    fresh = out is None
+    for start in range(0, k, step):
+        some = slice(start, min(start + step, k))
+        piece = make(some)
+        if out is None:
+            out = piece.new_empty(k, *piece.shape[1:])
+        (out[some].copy_ if fresh else out[some].add_)(piece)
+    return out
+
+
 def _joins(k: int, weight: torch.Size, shape: Geometry) -> bool:
     """Whether K joins the channels of one call."""
     return shape.groups == 1 and k * weight.numel() <= _LARGEST
@@ -112,9 +134,13 @@ def convolution(c: Call):
     if w is not None:
         a = c.operand(0)
         if _joins(k, w.shape[1:], shape):
-            bias = None if b is None else b.flatten()
-            y = aten.convolution(a, _joined(w, shape.out_axis), bias, *shape)
-            return _plus(out, _per_k(y, k))
+
+            def joined(some: slice) -> Tensor:
+                bias = None if b is None else b[some].flatten()
+                y = aten.convolution(a, _joined(w[some], shape.out_axis), bias, *shape)
+                return _per_k(y, some.stop - some.start)
+
+            return _in_pieces(out, k, c.out_shape.numel(), joined)
         out = _each(out, k, lambda i: aten.convolution(a, w[i], None, *shape))
     if b is not None:
         b = b.reshape(k, 1, -1, *(1,) * (len(c.out_shape) - 2))
@@ -143,7 +169,12 @@ def _by_input(c: Call, g: Tensor | None, w: Tensor | None, shape: Geometry) -> T
     if w is not None:
         g = c.operand(0)
         if _joins(k, w.shape[1:], shape):
-            return _plus(out, _per_k(_input_gradient(g, _joined(w, shape.in_axis), shape, space), k))
+
+            def joined(some: slice) -> Tensor:
+                found = _input_gradient(g, _joined(w[some], shape.in_axis), shape, space)
+                return _per_k(found, some.stop - some.start)
+
+            return _in_pieces(out, k, c.shape(1).numel(), joined)
         out = _each(out, k, lambda i: _input_gradient(g, w[i], shape, space))
     return out
 
@@ -170,9 +201,23 @@ def _weight_term(
     """``out + wgrad`` of K tangents and one fixed operand; ``order`` puts the two as (output gradient, input)."""
     k = len(moving)
     if _joins(k, weight, shape):
-        wide = [*weight]
-        wide[axis] *= k
-        y = _weight_gradient(*order(_channels(moving), fixed), _shaped_as(fixed, *wide), shape)
-        return _plus(out, y.unflatten(axis, (k, -1)).movedim(axis, 0))
+
+        def joined(some: slice) -> Tensor:
+            wide, count = [*weight], some.stop - some.start
+            wide[axis] *= count
+            y = _weight_gradient(*order(_channels(moving[some]), fixed), _shaped_as(fixed, *wide), shape)
+            return y.unflatten(axis, (count, -1)).movedim(axis, 0)
+
+        return _in_pieces(out, k, moving[0].numel(), joined)
     like = _shaped_as(fixed, *weight)
     return _each(out, k, lambda i: _weight_gradient(*order(moving[i], fixed), like, shape))
+
+
+def _what_is_read(step: Step, value: Callable[[int], Any], read: set[int]) -> Any:
+    """A backward pass without the gradients that nobody looks at: mostly those by weights, half of its arithmetic."""
+    mask = [wanted and i in read for i, wanted in enumerate(step.args[10])]
+    return step._replace(args=(*step.args[:10], mask, *step.args[11:])).run(value)
+
+
+PRIMAL[aten.convolution_backward.default] = _what_is_read
+PARTIAL.add(aten.convolution_backward.default)
