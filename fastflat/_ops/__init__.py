@@ -29,6 +29,7 @@ from fastflat._ops import (
     liq,
     mixquant,
     sharpness,
+    tangents,
     vectors,
 )
 from fastflat._ops._row import Op, compute_dtype, scale_shape
@@ -38,7 +39,7 @@ NAMESPACE = "fastflat"
 #: Modules with the rows of a family each, under the family's name.
 FAMILIES = (
     *(identity, fake_quantize, fake_quantize_list, general_quantize, mixquant, binarize, liq, bitplane),
-    *(sharpness, descent, vectors),
+    *(sharpness, descent, vectors, tangents),
 )
 
 OPS: dict[str, Op] = {op.name: op for family in FAMILIES for op in family.ROWS}
