@@ -28,6 +28,7 @@ from fastflat._ops import (
     identity,
     liq,
     mixquant,
+    row_tangents,
     sharpness,
     tangents,
     vectors,
@@ -39,7 +40,7 @@ NAMESPACE = "fastflat"
 #: Modules with the rows of a family each, under the family's name.
 FAMILIES = (
     *(identity, fake_quantize, fake_quantize_list, general_quantize, mixquant, binarize, liq, bitplane),
-    *(sharpness, descent, vectors, tangents),
+    *(sharpness, descent, vectors, tangents, row_tangents),
 )
 
 OPS: dict[str, Op] = {op.name: op for family in FAMILIES for op in family.ROWS}
