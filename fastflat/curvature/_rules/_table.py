@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastflat.curvature import _tangents
 from fastflat.curvature._program import Ref, Step, refs
 
 #: Rule of each op: a function of :class:`Call` that returns the K tangents of the result, a tuple of them for an op
@@ -52,12 +53,16 @@ class Scaled:
 
     def product(self) -> Tensor:
         if self._product is None:
-            self._product, self._base = self._base * self.factor(), None
+            self._product, self._base = _tangents.product(self._base, self.factor()), None
         return self._product
 
     def factor(self) -> Tensor:
         """The product of the factors, made once."""
         return self._linear.once(("factors", self.key()), lambda: math.prod(make() for _, make in self._factors))
+
+    def parts(self) -> tuple[Tensor, Tensor | None]:
+        """Tangents and the factor that is still to come."""
+        return (self._base, self.factor()) if self._product is None else (self._product, None)
 
     def key(self) -> tuple:
         """Of the product: backward multiplies what forward did, in the other order."""
@@ -78,7 +83,7 @@ class Scaled:
 
 def settled(t: Any) -> Any:
     """Tangents as tensors."""
-    if isinstance(t, Scaled):
+    if hasattr(t, "product"):
         return t.product()
     return tuple(map(settled, t)) if isinstance(t, tuple) else t
 
@@ -155,7 +160,7 @@ class Call:
         t = self.passed(index)
         if isinstance(t, Scaled):
             return t.times(key, make)
-        return Scaled(self._linear, t, ((key, make),))
+        return Scaled(self._linear, settled(t), ((key, make),))
 
     def origin(self, index: int) -> Any:
         """What an argument is, for the key of a quantity that several steps share; see :meth:`Program.origin`."""

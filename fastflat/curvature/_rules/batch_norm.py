@@ -6,8 +6,8 @@
     gw = sum g x^,  gb = sum g            Rm = mean Rx,  Ri = -i^2 mean x^ Rx
 
 Backward sees m and i as inputs with tangents of their own, so that Rx^ needs no second reduction there. What is
-constant for a statistic (a channel of batch norm) is gathered into one coefficient, so that each large tensor is
-passed over once.
+constant for a statistic (a channel of batch norm) is gathered into one coefficient: a pass for the sums over each
+tangent, and one for the result.
 
 Source: Ioffe and Szegedy, ICML 2015; differentiated here.
 """
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastflat.curvature import _tangents
 from fastflat.curvature._program import Step
 from fastflat.curvature._rules._table import PRIMAL, Call, rule
 
@@ -31,42 +32,25 @@ def _channel(v: Tensor, ndim: int) -> Tensor:
     return v.reshape(*v.shape[:-1], *((1,) if v.dim() > 1 else ()), v.shape[-1], *(1,) * (ndim - 2))
 
 
-def _sum(t: Tensor) -> Tensor:
-    """``[K, N, C, ...]`` summed to ``[K, C]``."""
-    return t.sum([d for d in range(1, t.dim()) if d != 2])
-
-
-def _dot(t: Tensor, p: Tensor) -> Tensor:
-    """``sum t_k p`` over all but channels, ``[K, N, C, ...]`` and ``[N, C, ...]`` to ``[K, C]``."""
-    axes = [d for d in range(p.dim()) if d != 1]
-    # One k at a time: the product of each then comes back from the cache.
-    return torch.stack([(t_k * p).sum(axes) for t_k in t])
-
-
 @rule(aten.native_batch_norm.default)
 def batch_norm(c: Call):
     x, w, b = c.tangents()[:3]
     training = c.primal(5)
-    shape, ndim = c.out_shape[0], len(c.out_shape[0])
+    shape = c.out_shape[0]
     normal, inv = normal_of_batch(c)
     shift, along = b, w
     m = moved = None
+    scale = c.once("scale", lambda: inv if c.primal(1) is None else inv * c.primal(1))
     if x is not None and training:
         count = shape.numel() // shape[1]
-        m, s = _sum(x) / count, _dot(x, normal()) / count
-        scale = inv if c.primal(1) is None else inv * c.primal(1)
+        s, m = (t / count for t in _tangents.sums(x, normal(), True, axis=1))
         shift = -m * scale if shift is None else shift - m * scale
         along = -s * scale if along is None else along - s * scale
         moved = -s * inv * inv
-    out = None
-    if x is not None:
-        scale = c.once("scale", lambda: _channel(inv if c.primal(1) is None else inv * c.primal(1), ndim))
-        out = x * scale if shift is None else torch.addcmul(_channel(shift, ndim).to(x.dtype), x, scale)
-    elif shift is not None:
-        out = _channel(shift, ndim).expand(c.k, *shape).clone()
-    if along is not None:
-        along = _channel(along, ndim).to(normal().dtype)
-        out = normal() * along if out is None else out.addcmul_(normal(), along)
+    if x is None and along is None:
+        return _channel(shift, len(shape)).expand(c.k, *shape), m, moved
+    f0 = None if along is None else normal()
+    out = _tangents.combine(shape, t0=x, p0=None if x is None else scale, f0=f0, r0=along, shift=shift, axis=1)
     return out, m, moved
 
 
@@ -104,16 +88,18 @@ def batch_norm_backward(c: Call):
     normal = _normal(
         c, 1, mean, inv, tuple(map(c.origin, (5, 6) if training else (3, 4))) + (() if training else (eps,))
     )
-    shape, ndim = c.out_shape[0], len(c.out_shape[0])
+    shape = c.out_shape[0]
 
-    needs_dots = training or 1 in c.wanted
-    g_sum = _sum(g) if g is not None and (training or 2 in c.wanted) else None
-    dots = [_dot(g, normal())] if g is not None and needs_dots else []
+    needs_dots, needs_sum = training or 1 in c.wanted, training or 2 in c.wanted
+    dots, g_sum = [], None
+    if g is not None and (needs_dots or needs_sum):
+        dot, g_sum = _tangents.sums(g, normal() if needs_dots else None, needs_sum, axis=1)
+        dots += [dot] if needs_dots else []
     if x is not None and needs_dots:
-        dots.append(_dot(x, c.operand(0)) * inv)
+        dots.append(_tangents.sums(x, c.operand(0), False, axis=1)[0] * inv)
     m, i = (c.tangent(5), c.tangent(6)) if training else (None, None)
     if training and needs_dots:
-        sums = c.once("sums", lambda: torch.stack([_sum(c.primal(0)[None])[0], _dot(c.primal(0)[None], normal())[0]]))
+        sums = c.once("sums", lambda: _both_sums(c.primal(0), normal()))
         if m is not None:
             dots.append(-m * inv * sums[0])
         if i is not None:
@@ -122,16 +108,14 @@ def batch_norm_backward(c: Call):
 
     out = None
     if 0 in c.wanted:
-        terms = [] if g is None else [(g, _channel(scale, ndim))]
         along_g = [] if w is None else [w * inv]
-        shift = None
+        by_x = shift = along_x = None
         if training:
             count = shape.numel() // shape[1]
             a, b = sums / count
             weight = 1.0 if c.primal(2) is None else c.primal(2)
             along_g += [] if i is None else [i * weight]
-            if x is not None:
-                terms.append((x, _channel(-scale * inv * b, ndim)))
+            by_x = -scale * inv * b
             by_g = sum(along_g) if along_g else 0.0
             shift = -by_g * a
             along_x = -by_g * b
@@ -143,26 +127,22 @@ def batch_norm_backward(c: Call):
                 shift = shift + scale * b * m * inv
             if i is not None:
                 along_x = along_x - i * weight * b
-            if isinstance(along_x, Tensor):
-                terms.append((normal(), _channel(along_x, ndim)))
-        if along_g:
-            terms.append((c.operand(0), _channel(sum(along_g), ndim)))
-        shift = _channel(shift, ndim) if isinstance(shift, Tensor) else None
-        out = _gathered(shift, terms, (c.k, *shape))
+        terms = [(c.operand(0), sum(along_g))] if along_g else []
+        terms += [(normal(), along_x)] if isinstance(along_x, Tensor) else []
+        (f0, r0), (f1, r1) = (*terms, (None, None), (None, None))[:2]
+        shift = shift.expand(c.k, -1) if isinstance(shift, Tensor) else None
+        x = x if training else None
+        if g is not None or x is not None or f0 is not None:
+            moving = {"t0": g, "p0": scale} if g is not None else {}
+            moving |= {"t1": x, "p1": by_x} if x is not None else {}
+            out = _tangents.combine(shape, **moving, f0=f0, r0=r0, f1=f1, r1=r1, shift=shift, axis=1)
     return out, dot, g_sum
 
 
-def _gathered(shift: Tensor | None, terms: list[tuple[Tensor, Tensor]], shape: tuple) -> Tensor | None:
-    """``shift + sum of products``, one pass for each."""
-    if not terms:
-        return None if shift is None else shift.expand(shape).clone()
-    terms = [(a, b.to(a.dtype)) for a, b in terms]
-    (first, factor), *rest = terms
-    shift = None if shift is None else shift.to(first.dtype)
-    out = first * factor if shift is None else torch.addcmul(shift, first, factor)
-    for a, b in rest:
-        out = out.addcmul_(a, b) if out.shape == shape else torch.addcmul(out, a, b)
-    return out
+def _both_sums(g: Tensor, normal: Tensor) -> Tensor:
+    """``sum g`` and ``sum g x^`` of each channel."""
+    axes = [d for d in range(g.dim()) if d != 1]
+    return torch.stack([g.sum(axes), (g * normal).sum(axes)])
 
 
 def _still(step: Step, value: Callable[[int], Any], read: set[int]) -> Any:

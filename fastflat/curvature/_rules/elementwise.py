@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastflat.curvature import _tangents
 from fastflat.curvature._rules._table import Call, Scaled, aligned, rule
 
 aten = torch.ops.aten
@@ -19,6 +20,10 @@ def combined(c: Call, factors: dict[int, float | Callable[[], Tensor]]) -> Tenso
     moving = [i for i in factors if c.moves(i)]
     if len(moving) == 1 and not isinstance(factors[moving[0]], (int, float)) and c.shape(moving[0]) == shape[1:]:
         return c.scaled(moving[0], (c.place(), moving[0]), factors[moving[0]])
+    if len(moving) == 2 and all(c.shape(i) == shape[1:] and callable(factors[i]) for i in moving):
+        (i, j), values = moving, [c.once(i, factors[i]) for i in moving]
+        if all(v.shape == shape[1:] for v in values):
+            return _tangents.combine(shape[1:], t0=c.tangent(i), p0=values[0], t1=c.tangent(j), p1=values[1])
     total = None
     for index, factor in factors.items():
         t = c.tangent(index)
@@ -138,14 +143,32 @@ def partial(c: Call, index: int) -> Tensor:
     *(aten.sinh.default, aten.cosh.default, aten.asin.default, aten.acos.default, aten.log10.default),
     *(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.atan2.default, aten.hypot.default),
     *(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.maximum.default, aten.minimum.default),
-    *(aten.gelu_backward.default, aten.silu_backward.default, aten.sigmoid_backward.default),
-    *(aten.tanh_backward.default, aten.mish_backward.default, aten.elu_backward.default),
+    *(aten.mish_backward.default, aten.elu_backward.default),
     aten.hardswish_backward.default,
     *(aten.softplus_backward.default, aten.addcmul.default, aten.addcdiv.default, aten.xlogy.Tensor),
     *(aten.lerp.Tensor, aten.lerp.Scalar),
 )
 def elementwise(c: Call):
     return combined(c, {i: lambda i=i: partial(c, i) for i in range(len(c.step.args)) if c.moves(i)})
+
+
+_KINDS = {
+    aten.sigmoid_backward.default: _tangents.SIGMOID,
+    aten.tanh_backward.default: _tangents.TANH,
+    aten.silu_backward.default: _tangents.SILU,
+}
+
+
+@rule(*_KINDS, aten.gelu_backward.default)
+def activation_backward(c: Call):
+    # One pass for both tangents, the derivatives of the activation formed on the way.
+    if c.op is aten.gelu_backward.default:
+        kind = _tangents.GELU if c.primal(2) == "none" else _tangents.GELU_TANH
+    else:
+        kind = _KINDS[c.op]
+    g, x = c.tangent(0), c.tangent(1)
+    grad = None if x is None else c.operand(0)
+    return _tangents.combine(c.out_shape, t0=g, t1=x, p0=c.operand(1), p1=grad, kind=kind)
 
 
 @rule(

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastflat.curvature._rules._table import Call, added, aligned, rule
+from fastflat.curvature import _tangents
+from fastflat.curvature._rules._table import Call, added, rule
 
 ops = torch.ops.fastflat
 aten = torch.ops.aten
@@ -65,58 +66,38 @@ class _Grid:
         """The tangents of the first argument times dy by x."""
         return self._c.scaled(0, self.key(0), lambda: self._along(0))
 
-    def spread(self, t: Tensor, ndim: int) -> Tensor:
-        """K tangents of a scale, shaped to broadcast against K tangents of x; groups are along a last axis of their
-        own."""
-        if self.group:
-            return t.unsqueeze(-1)
-        if self.axis < 0:
-            return aligned(t, ndim)
-        return t.reshape(t.shape[0], *(1,) * self.axis, -1, *(1,) * (ndim - self.axis - 1))
+    @property
+    def channels(self) -> dict[str, Any]:
+        """What elements share a scale, as the kernels are told."""
+        return {"axis": None if self.axis < 0 or self.group else self.axis, "group": self.group}
 
-    def grouped(self, t: Tensor) -> Tensor:
-        return t.unflatten(-1, (-1, self.group)) if self.group else t
-
-    def summed(self, t: Tensor, shape: torch.Size) -> Tensor:
-        """K tensors of x's shape summed over the elements of each scale."""
-        if self.group:
-            return self.grouped(t).sum(-1)
-        if self.axis < 0:
-            return t.flatten(1).sum(1).reshape(t.shape[0], *shape)
-        return t.sum([d for d in range(1, t.dim()) if d != self.axis + 1])
+    def summed(self, t: Tensor, which: int, shape: torch.Size) -> Tensor:
+        """K tensors of x's shape times dy by ``which``, summed over the elements of each scale."""
+        dots, _ = _tangents.sums(t, self.along(which), False, **self.channels)
+        return dots.reshape(t.shape[0], *shape).to(t.dtype)
 
 
 def _forward(c: Call, grid: _Grid):
     s, z = (c.tangent(i) if grid.trained else None for i in (1, 2))
-    ndim = len(c.out_shape)
-    out = grid.scaled() if c.moves(0) else None
+    moved = grid.scaled() if c.moves(0) else None
     if s is None and z is None:
-        return out
-    out = None if out is None else out.product()
-    for which, t in ((1, s), (2, z)):
-        if t is not None:
-            factor = grid.grouped(grid.along(which))
-            t = grid.spread(t, ndim)
-            term = (t * factor).reshape(c.k, *c.out_shape) if grid.group or out is None else None
-            if term is not None:
-                out = term if out is None else out.add_(term)
-            else:
-                out.addcmul_(t, factor)
-    return out
+        return moved
+    x, mask = (None, None) if moved is None else moved.parts()
+    terms = [(grid.along(i), t) for i, t in ((1, s), (2, z)) if t is not None]
+    (f0, r0), (f1, r1) = (*terms, (None, None))[:2]
+    return _tangents.combine(c.out_shape, t0=x, p0=mask, f0=f0, r0=r0, f1=f1, r1=r1, **grid.channels)
 
 
 def _backward(c: Call, grid: _Grid, scale: int):
     s, z = c.tangent(scale), c.tangent(scale + 1)
-    has_zero = grid.has_zero_point
     gx = gs = gz = None
     if c.moves(0):
         gx = grid.scaled() if 0 in c.wanted else None
-        shape = c.shape(scale)
         if grid.trained and 1 in c.wanted:
-            gs = grid.summed(c.tangent(0) * grid.along(1), shape)
-        if grid.trained and has_zero and 2 in c.wanted:
-            gz = grid.summed(c.tangent(0) * grid.along(2), shape)
-    if grid.trained and has_zero and (s is not None or z is not None):
+            gs = grid.summed(c.tangent(0), 1, c.shape(scale))
+        if grid.trained and grid.has_zero_point and 2 in c.wanted:
+            gz = grid.summed(c.tangent(0), 2, c.shape(scale))
+    if grid.trained and grid.has_zero_point and (s is not None or z is not None):
         cross = c.once("cross", lambda: _cross(c, grid, scale))
         gs = added(gs, None if z is None else z * cross)
         gz = added(gz, None if s is None else s * cross)
@@ -126,7 +107,7 @@ def _backward(c: Call, grid: _Grid, scale: int):
 def _cross(c: Call, grid: _Grid, scale: int) -> Tensor:
     """``-f^2 sum g (1 - m)`` over the elements of each scale."""
     held = c.primal(scale).clamp(min=grid._grid[4])
-    by_zero = grid.summed((c.primal(0) * grid.along(2))[None], c.shape(scale))[0]  # -f s sum g (1 - m)
+    by_zero = grid.summed(c.primal(0)[None], 2, c.shape(scale))[0]  # -f s sum g (1 - m)
     return by_zero * (grid._factor / held)
 
 

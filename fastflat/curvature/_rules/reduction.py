@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastflat.curvature import _tangents
 from fastflat.curvature._rules._fallback import by_autodiff
 from fastflat.curvature._rules._table import Call, added, rule
 
@@ -54,44 +55,46 @@ def logsumexp(c: Call):
 
 @rule(aten._softmax.default, aten._safe_softmax.default)
 def softmax(c: Call):
-    x, p = c.tangent(0), c.operand_out()
-    u = x * p
-    return u.addcmul_(p, u.sum(_axes(c.primal(1), x.dim() - 1), True), value=-1)
+    return _tangents.softmax(c.tangent(0), c.operand_out(), c.primal(1))
 
 
 @rule(aten._softmax_backward_data.default)
 def softmax_backward(c: Call):
     # gx = p (g - D), D = sum g p
-    g, p, dim = c.tangent(0), c.tangent(1), _axes(c.primal(2), len(c.out_shape))
-    own = None
-    if p is not None:
-        inner = c.once("g-D", lambda: c.primal(0) - (c.primal(0) * c.primal(1)).sum(c.primal(2), True))
-        own = p * inner
-        moved = -c.operand(1) * (p * c.operand(0)).sum(dim, True)
-        own = own.add_(moved)
-    if g is None:
-        return own
-    u = g * c.operand(1)
-    u.addcmul_(c.operand(1), u.sum(dim, True), value=-1)
-    return added(own, u)
+    return _tangents.softmax_backward(c.tangent(0), c.tangent(1), c.operand(1), c.operand(0), c.primal(2))
+
+
+class Centred:
+    """``z_k - <p, z_k>``, the tangents of a log-softmax, subtracted when somebody needs them: the backward pass of
+    cross-entropy takes z itself."""
+
+    def __init__(self, z: Tensor, make: Callable[[], Tensor], axis: int) -> None:
+        self.z, self._make, self._axis = z, make, axis
+
+    def product(self) -> Tensor:
+        return self.z - (self.z * self._make()).sum(self._axis, True)
 
 
 @rule(aten._log_softmax.default)
 def log_softmax(c: Call):
-    x = c.tangent(0)
-    p = c.once("p", lambda: c.out.exp())
-    return x - (x * p).sum(_axes(c.primal(1), x.dim() - 1), True)
+    axis = _axes(c.primal(1), len(c.out_shape))[0]
+    return Centred(c.tangent(0), lambda: c.once("p", lambda: c.out.exp()), axis)
 
 
 @rule(aten._log_softmax_backward_data.default)
 def log_softmax_backward(c: Call):
     # gx = g - p G, G = sum g
-    g, y, dim = c.tangent(0), c.tangent(1), _axes(c.primal(2), len(c.out_shape))
-    p = c.once("p", lambda: c.primal(1).exp())
-    by_g = None if g is None else g - p * g.sum(dim, True)
-    by_y = None
+    g, y, dim = c.tangent(0), c.passed(1), c.primal(2)
+    by_y = by_g = None
     if y is not None:
-        by_y = y * c.once("-pG", lambda: -c.primal(1).exp() * c.primal(0).sum(c.primal(2), True))
+        total = c.once("-G", lambda: -c.primal(0).sum(dim, True))
+        if isinstance(y, Centred):
+            by_y = _tangents.softmax(y.z, c.operand(1), dim, total, log=True)
+        else:
+            by_y = y * c.once("-pG", lambda: c.primal(1).exp() * total)
+    if g is not None:
+        p = c.once("p", lambda: c.primal(1).exp())
+        by_g = g - p * g.sum(_axes(dim, len(c.out_shape)), True)
     return added(by_g, by_y)
 
 

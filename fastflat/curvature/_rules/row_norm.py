@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastflat.curvature import _tangents
 from fastflat.curvature._rules._table import Call, rule
 
 aten = torch.ops.aten
@@ -68,7 +69,14 @@ def _group_rows(shape: torch.Size, groups: int) -> Rows:
 
 @rule(aten.native_layer_norm.default)
 def layer_norm(c: Call):
-    return _forward(c, _layer_rows(c.out_shape[0], c.primal(1)), 2)
+    rows = _layer_rows(c.out_shape[0], c.primal(1))
+    x, w, b = rows.see_k(c.tangent(0)), c.tangent(2), c.tangent(3)
+    w, b = (None if t is None else t.flatten(1) for t in (w, b))
+    normal, inv = row_normal(c, rows, 0, c.out[1], c.out[2], (c.place(1), c.place(2)))
+    weight = None if c.primal(2) is None else c.operand(2).flatten()
+    out, m, i = _tangents.norm(x, normal, inv.flatten(), weight, w, b)
+    out = out.view(c.k, *c.out_shape[0])
+    return (out, None, None) if x is None else (out, m.reshape(c.k, *c.out[1].shape), i.reshape(c.k, *c.out[2].shape))
 
 
 @rule(aten.native_group_norm.default)
@@ -105,7 +113,33 @@ def row_normal(c: Call, rows: Rows, index: int, mean: Tensor, inv: Tensor, key: 
 
 @rule(aten.native_layer_norm_backward.default)
 def layer_norm_backward(c: Call):
-    return _backward(c, _layer_rows(c.shape(1), c.primal(2)), mean=3, weight=5)
+    rows = _layer_rows(c.shape(1), c.primal(2))
+    g, x, w = rows.see_k(c.tangent(0)), rows.see_k(c.tangent(1)), c.tangent(5)
+    m, i = (None if t is None else t.flatten(1) for t in (c.tangent(3), c.tangent(4)))
+    statistics = (c.origin(3), c.origin(4))
+    normal, inv = row_normal(c, rows, 1, c.primal(3), c.primal(4), statistics)
+    grad, weighted = rows.see(c.operand(0)), c.primal(5) is not None
+    out = by_weight = by_bias = None
+    if 0 in c.wanted:
+        weight = c.operand(5).flatten() if weighted else None
+        along = None if w is None else w.flatten(1)
+        out = _tangents.norm_backward(g, x, m, i, along, normal, grad, inv.flatten(), weight)
+        out = out.view(c.k, *c.shape(1))
+    if weighted and (1 in c.wanted or 2 in c.wanted):
+        terms = []
+        if g is not None:
+            dots, by_bias = _tangents.sums(g, normal, True, axis=1)
+            terms.append(dots)
+        # Of Rx^ = (Rx - Rm) i + x^ Ri/i the parts that belong to rows are products of matrices.
+        if x is not None:
+            terms.append(_tangents.sums(x, c.once("g i", lambda: grad * inv), False, axis=1)[0])
+        if m is not None:
+            terms.append(-m.to(grad.dtype) @ c.once("g i", lambda: grad * inv))
+        if i is not None:
+            terms.append((i / inv.flatten()).to(grad.dtype) @ c.once("g x^", lambda: grad * normal))
+        by_weight = sum(terms).reshape(c.k, *c.shape(5)).to(grad.dtype) if terms else None
+        by_bias = None if by_bias is None else by_bias.reshape(c.k, *c.shape(5)).to(grad.dtype)
+    return out, by_weight, by_bias
 
 
 @rule(aten.native_group_norm_backward.default)
