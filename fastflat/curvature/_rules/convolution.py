@@ -34,7 +34,7 @@ _LARGEST = 1 << 20
 
 #: Elements of a joined result up to which K are one call: the library's own copies of larger ones take more memory and
 #: no less time.
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 21
 
 
 class Geometry(NamedTuple):
@@ -165,17 +165,22 @@ def _by_input(c: Call, g: Tensor | None, w: Tensor | None, shape: Geometry) -> T
     k, (n, _, *space) = c.k, c.shape(1)
     out = None
     if g is not None:
-        out = _input_gradient(g.flatten(0, 1), c.operand(2), shape, space).unflatten(0, (k, n))
+        weight = c.operand(2)
+
+        def as_rows(some: slice) -> Tensor:
+            return _input_gradient(g[some].flatten(0, 1), weight, shape, space).unflatten(0, (-1, n))
+
+        out = _in_pieces(None, k, c.shape(1).numel(), as_rows)
     if w is not None:
-        g = c.operand(0)
+        grad = c.operand(0)
         if _joins(k, w.shape[1:], shape):
 
             def joined(some: slice) -> Tensor:
-                found = _input_gradient(g, _joined(w[some], shape.in_axis), shape, space)
+                found = _input_gradient(grad, _joined(w[some], shape.in_axis), shape, space)
                 return _per_k(found, some.stop - some.start)
 
             return _in_pieces(out, k, c.shape(1).numel(), joined)
-        out = _each(out, k, lambda i: _input_gradient(g, w[i], shape, space))
+        out = _each(out, k, lambda i: _input_gradient(grad, w[i], shape, space))
     return out
 
 
