@@ -28,6 +28,11 @@ inline void require(bool right, const char* op, const char* text) {
   if (!right) refuse(op, text);
 }
 
+__attribute__((noinline)) inline Tensor beside(const Tensor& like, const std::vector<int64_t>& sizes,
+                                               ScalarType dtype) {
+  return empty_dense(like, sizes, dtype);
+}
+
 // Tensors of one call, which agree on [K, O, C, I] and on their dtype; each axis is that of the first that has it.
 class TangentTensors {
  public:
@@ -47,9 +52,8 @@ class TangentTensors {
   Geometry geometry() const { return {sizes_[1], sizes_[2], sizes_[3]}; }
   int64_t count() const { return sizes_[0]; }
   Storage storage() const { return storage_; }
-  std::vector<int64_t> sizes() const { return {sizes_.begin(), sizes_.end()}; }
-  // The first tensor: results lie beside it, in its dtype.
-  const Tensor& like() const { return *like_; }
+  // A new tensor [K, O, C, I] beside the first.
+  Tensor result() const { return beside(*like_, {sizes_.begin(), sizes_.end()}, like_->scalar_type()); }
 
  private:
   // Tensors with an axis I are in the storage type, of which the first comes first, others in the compute type.
@@ -70,10 +74,10 @@ class TangentTensors {
       like_ = *t;
       first_ = name;
     }
-    const ScalarType dtype = like_->scalar_type();
+    const ScalarType dtype = like_->scalar_type(), own = t->scalar_type();
     if (axes[dim - 1] == 'I') {
-      if (t->scalar_type() != dtype) refuse(op_, std::string(name) + " must have the dtype of " + first_);
-    } else if (t->scalar_type() != compute_type(dtype)) {
+      if (own != dtype) refuse(op_, std::string(name) + " must have the dtype of " + first_);
+    } else if (own != compute_type(dtype)) {
       wrong = " must be float32 (float64 beside float64 tangents)";
     }
     if (wrong) refuse(op_, std::string(name) + wrong);
@@ -107,7 +111,7 @@ class TangentTensors {
 
 // The arguments of tangents_combine but for its kind.
 struct CombineTensors {
-  MaybeTensor t0, p0, t1, p1, f0, r0, f1, r1, shift, mask;
+  const MaybeTensor &t0, &p0, &t1, &p1, &f0, &r0, &f1, &r1, &shift, &mask;
 };
 
 // What a checked call has beside its tensors.
@@ -116,13 +120,11 @@ struct CombineTraits {
   Geometry geometry;
   int64_t count;
   bool first_of_channel, second_of_channel;  // p0 and p1 are [C]
-  std::vector<int64_t> sizes;
-  MaybeTensor like;
 };
 
-inline CombineTraits check_combine(const char* op, const CombineTensors& c, int64_t kind) {
+// Makes the result, too.
+inline CombineTraits check_combine(const char* op, const CombineTensors& c, int64_t kind, MaybeTensor* out) {
   if (kind < 0 || kind >= activations) refuse(op, "kind must be in [0, 6], got " + std::to_string(kind));
-  require(kind != gelu_input && kind != gelu_tanh_input, op, "kind must be another: gelu has no kernel yet");
   require(c.t0 || c.t1 || (c.f0 && c.r0), op, "t0, t1 or f0 with r0 must be given");
   require(!c.f0 == !c.r0 && !c.f1 == !c.r1, op, "f0 and r0, f1 and r1 must be given together");
   require((c.t0 || !c.p0 || kind != given) && (c.t1 || !c.p1), op, "p0 and p1 must be given with t0 and t1");
@@ -149,15 +151,14 @@ inline CombineTraits check_combine(const char* op, const CombineTensors& c, int6
   traits.storage = tensors.storage();
   traits.geometry = tensors.geometry();
   traits.count = tensors.count();
-  traits.sizes = tensors.sizes();
-  traits.like = tensors.like();
+  *out = tensors.result();
   return traits;
 }
 
 // The arguments of tangents_sums but for `total`.
 struct SumsTensors {
-  Tensor t0;
-  MaybeTensor p0, t1, p1, mask;
+  const Tensor& t0;
+  const MaybeTensor &p0, &t1, &p1, &mask;
 };
 
 struct SumsTraits {
@@ -183,8 +184,8 @@ inline std::tuple<Tensor, Tensor, Tensor> sums_results(const SumsTensors& s, con
   const ScalarType wide = compute_type(t.scalar_type());
   const std::vector<int64_t> none{0}, numbers{traits.count, traits.geometry.channels};
   const std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
-  return {empty_dense(t, s.mask ? sizes : none, t.scalar_type()), empty_dense(t, s.p0 ? numbers : none, wide),
-          empty_dense(t, total ? numbers : none, wide)};
+  return {beside(t, s.mask ? sizes : none, t.scalar_type()), beside(t, s.p0 ? numbers : none, wide),
+          beside(t, total ? numbers : none, wide)};
 }
 
 }  // namespace fastflat

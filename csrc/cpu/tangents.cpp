@@ -5,7 +5,16 @@
 #include <tuple>
 #include <vector>
 
+// Called once an op: what torch's boxing and the checks make of it shall be small.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("Os")
+#endif
 #include "core/tangent_checks.h"
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
+#include "cpu/tangents_walk.h"
 
 namespace fastflat::cpu {
 namespace {
@@ -14,6 +23,8 @@ namespace {
 constexpr int64_t grain = 32768;
 // Tangents of a group: groups are shared out among threads too.
 constexpr int64_t group_size = 16;
+// Bytes of a result that a core and its share of the caches do not hold.
+constexpr int64_t beyond_caches = int64_t{32} << 20;
 // Numbers of all pieces of the sums together, and pieces, at most.
 constexpr int64_t most_numbers = int64_t{1} << 20, most_pieces = 256;
 
@@ -39,12 +50,13 @@ void share(int64_t count, int64_t group, int64_t tiles, int64_t elements, const 
   torch::stable::parallel_for(0, groups * tiles, std::max<int64_t>(1, grain / of_unit), units);
 }
 
-Tensor tangents_combine(const MaybeTensor& t0, const MaybeTensor& p0, const MaybeTensor& t1, const MaybeTensor& p1,
+__attribute__((noinline)) Tensor tangents_combine(const MaybeTensor& t0, const MaybeTensor& p0, const MaybeTensor& t1, const MaybeTensor& p1,
                         const MaybeTensor& f0, const MaybeTensor& r0, const MaybeTensor& f1, const MaybeTensor& r1,
                         const MaybeTensor& shift, const MaybeTensor& mask, int64_t kind) {
+  MaybeTensor result;
   const CombineTraits traits =
-      check_combine("tangents_combine", {t0, p0, t1, p1, f0, r0, f1, r1, shift, mask}, kind);
-  Tensor out = empty_dense(*traits.like, traits.sizes, traits.like->scalar_type());
+      check_combine("tangents_combine", {t0, p0, t1, p1, f0, r0, f1, r1, shift, mask}, kind, &result);
+  Tensor& out = *result;
   if (out.numel() == 0) return out;
   CombineCall call{};
   call.t0 = data_of(t0);
@@ -65,9 +77,10 @@ Tensor tangents_combine(const MaybeTensor& t0, const MaybeTensor& p0, const Mayb
   call.count = traits.count;
   call.geometry = simplest(traits.geometry, r0 || r1 || shift || call.first_of_channel || call.second_of_channel);
   call.tiles = TangentTiles(call.geometry, combine_tile, combine_tile);
-  call.by_rows = call.geometry.inner >= combine_tile;
+  call.past_caches = out.numel() * storage_bytes(call.storage) >= beyond_caches;
+  call.by_rows = call.geometry.inner == 1 || call.geometry.inner >= combine_tile;
   const int64_t tiles = call.tiles.across * call.tiles.rows;
-  const auto loop = tangents_loops().combine[call.storage == f64];
+  const auto loop = call.storage == f64 ? combine<double> : combine<float>;
   share(call.count, tiles >= 64 ? call.count : group_size, tiles, call.tiles.n,
         [&](int64_t first, int64_t last, int64_t begin, int64_t end) { loop(call, first, last, begin, end); });
   return out;
@@ -83,7 +96,7 @@ void put(const std::vector<double>& from, Tensor& to) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> tangents_sums(const Tensor& t0, const MaybeTensor& p0, const MaybeTensor& t1,
+__attribute__((noinline)) std::tuple<Tensor, Tensor, Tensor> tangents_sums(const Tensor& t0, const MaybeTensor& p0, const MaybeTensor& t1,
                                                  const MaybeTensor& p1, const MaybeTensor& mask, bool total) {
   const SumsTensors tensors{t0, p0, t1, p1, mask};
   const SumsTraits traits = check_sums("tangents_sums", tensors);
@@ -104,10 +117,10 @@ std::tuple<Tensor, Tensor, Tensor> tangents_sums(const Tensor& t0, const MaybeTe
   const int64_t channels = traits.geometry.channels, numbers = call.count * channels;
   std::vector<double> of_dots(call.dots ? numbers : 0), of_totals(total ? numbers : 0);
   if (t0.numel() > 0) {
-    const int64_t columns = call.geometry.inner < 16 ? sums_columns : sums_tile;
-    call.tiles = TangentTiles(call.geometry, columns, sums_tile);
+    const bool short_ = call.geometry.inner < short_runs;
+    call.tiles = TangentTiles(call.geometry, short_ ? sums_columns : sums_tile, short_ ? sums_deep * sums_columns : 0);
     const int64_t tiles = call.tiles.count();
-    const auto loop = tangents_loops().sums[call.storage == f64];
+    const auto loop = call.storage == f64 ? sums<double> : sums<float>;
     // Pieces of tiles, by the shape alone, so that the order of every sum is too.
     const int64_t most = std::clamp<int64_t>(most_numbers / std::max<int64_t>(numbers, 1), 1, most_pieces);
     const int64_t wanted = std::clamp<int64_t>(call.tiles.n / (2 * grain), 1, most);

@@ -47,11 +47,14 @@ struct CombineCall {
   int64_t count;  // K
   Geometry geometry;
   TangentTiles tiles;
-  bool by_rows;  // tiles are numbered along rows, else along columns, whose coefficients are the same
+  bool past_caches;  // how the result is written
+  bool by_rows;      // tiles are numbered along rows, else along columns, whose coefficients are the same
 };
 
-// Columns of a tile that is walked row by row.
-inline constexpr int64_t sums_columns = 512, sums_tile = 4096;
+// Runs of fewer elements are summed as columns, a few rows at a time.
+inline constexpr int64_t short_runs = 16;
+inline constexpr int64_t sums_columns = 1024, sums_rows = 4, sums_deep = 16;
+inline constexpr int64_t sums_tile = 4096;  // of long runs
 
 struct SumsCall {
   const void *t0, *p0, *t1, *p1, *mask;
@@ -63,12 +66,33 @@ struct SumsCall {
   bool dots, totals;
 };
 
+// n elements of contiguous arrays; what is written may be what is read.
+template <class C>
+struct TangentLoops {
+  void (*multiply)(C* out, const C* a, const C* b, int64_t n);
+  void (*add)(C* out, const C* v, const C* a, int64_t n);
+  void (*add_product)(C* out, const C* v, const C* a, const C* b, int64_t n);                   // v + a b
+  void (*add_products)(C* out, const C* a, const C* b, const C* c, const C* d, int64_t n);      // a b + c d
+  // a b + c d + v
+  void (*add_products_to)(C* out, const C* a, const C* b, const C* c, const C* d, const C* v, int64_t n);
+  void (*factors)(int kind, const C* p, const C* g, int64_t n, C* first, C* second);  // room for whole vectors
+  // Adds the sums of t p, or of t without p, over runs in the columns [column, column + n) to those of their channels.
+  void (*runs)(const Geometry& g, const C* t, const C* p, int64_t column, int64_t n, double* sums);
+  // The same down the columns of a matrix; strides from row to row.
+  void (*columns)(C* sums, const C* t, int64_t of_t, const C* p, int64_t of_p, int64_t rows, int64_t n);
+  void (*widen_sums)(const C* v, int64_t n, double* sums);  // adds v
+};
+
 struct TangentsLoops {
-  // Tangents [first, last) of tiles [begin, end); for fp32 arithmetic, and fp64.
-  void (*combine[2])(const CombineCall&, int64_t first, int64_t last, int64_t begin, int64_t end);
-  // Adds to dots and totals, [last - first, channels] each.
-  void (*sums[2])(const SumsCall&, int64_t first, int64_t last, int64_t begin, int64_t end, double* dots,
-                  double* totals);
+  TangentLoops<float> singles;
+  TangentLoops<double> doubles;
+  void (*widen[2])(const void* from, int64_t n, float* to);  // from bf16 and fp16
+  void (*narrow[2])(const float* from, int64_t n, void* to);
+  void (*copy_past_caches)(void* to, const void* from, int64_t bytes);
+  void (*settle)();  // after such copies
+
+  const TangentLoops<float>& of(float) const { return singles; }
+  const TangentLoops<double>& of(double) const { return doubles; }
 };
 
 FASTFLAT_LOOPS(TangentsLoops, tangents_loops)

@@ -52,6 +52,32 @@ struct SiluFactors {
   }
 };
 
+struct GeluFactors {
+  template <class C>
+  FASTFLAT_HD TangentFactors<C> operator()(C input, C g) const {
+    const C z = held_input(input);
+    const elementary::Normal<C> n = elementary::normal(z);
+    return {n.below + z * n.density, (n.density * (C(2) - z * z)) * g};
+  }
+};
+
+// z (1 + tanh(u)) / 2, u = c (z + 0.044715 z^3), c = sqrt(2 / pi).
+struct GeluTanhFactors {
+  template <class C>
+  FASTFLAT_HD TangentFactors<C> operator()(C input, C g) const {
+    constexpr C c = C(0.7978845608028654);
+    const C z = held_input(input), square = z * z;
+    const C t = elementary::tanh(c * (z + C(0.044715) * (square * z)));
+    const C q = C(1) - t * t;
+    const C half = C(0.5) * z;
+    const C first = c * (C(1) + C(0.134145) * square);  // u'
+    const C second = (C(0.26829) * c) * z;              // u''
+    const C slope = C(0.5) * (C(1) + t) + (half * q) * first;
+    const C bend = q * first + half * (q * second - ((C(2) * t) * q) * (first * first));
+    return {slope, bend * g};
+  }
+};
+
 // NaN passes, as torch's backward has it.
 struct ReluFactors {
   template <class C>

@@ -88,6 +88,25 @@ struct Cosine {
     return std::cos(x * static_cast<W>(half_pi));
   }
 };
+// Near 1: their errors are absolute.
+struct Tanh {
+  template <class C>
+  static C got(C x) {
+    return elementary::tanh(x);
+  }
+};
+struct Below {
+  template <class C>
+  static C got(C x) {
+    return elementary::normal(x).below;
+  }
+};
+struct Density {
+  template <class C>
+  static C got(C x) {
+    return elementary::normal(x).density;
+  }
+};
 
 // |got - want| in units in the last place of C at `want`; infinity counts as the next power of two. A NaN on one side
 // alone is infinitely wrong, and so is an infinity far from overflow.
@@ -137,10 +156,14 @@ Array<C> apply(const Array<C>& x) {
 }
 
 template <class F>
-void bind(py::module_& m, const char* name_) {
-  const std::string name = name_;
+void bind_values(py::module_& m, const std::string& name) {
   m.def((name + "32").c_str(), apply<F, float>);
   m.def((name + "64").c_str(), apply<F, double>);
+}
+
+template <class F>
+void bind(py::module_& m, const std::string& name) {
+  bind_values<F>(m, name);
   m.def((name + "_worst32").c_str(), worst_of_range<F>);
   m.def((name + "_worst64").c_str(), worst_of_doubles<F>);
 }
@@ -172,6 +195,9 @@ PYBIND11_MODULE(fastflat_elementary, m) {
   bind<Log>(m, "log");
   bind<Sine>(m, "sine");
   bind<Cosine>(m, "cosine");
+  bind_values<Tanh>(m, "tanh");
+  bind_values<Below>(m, "below");
+  bind_values<Density>(m, "density");
 
   m.def("philox", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0, uint32_t key1) {
     const PhiloxWords w = philox({c0, c1, c2, c3}, key0, key1);

@@ -92,6 +92,40 @@ def test_errors_are_below_the_stated_ones_for_every_float(elementary, name):
             assert worst <= STATED[name][0], hex(at)
 
 
+#: What tanh and the normal distribution shall be, of one number.
+ABSOLUTE = {
+    "tanh": math.tanh,
+    "below": lambda z: math.erfc(-z * math.sqrt(0.5)) / 2,
+    "density": lambda z: math.exp(-z * z / 2) / math.sqrt(2 * math.pi),
+}
+
+
+@pytest.mark.parametrize("name", ABSOLUTE)
+def test_absolute_errors_are_below_the_stated_ones(elementary, name):
+    x = np.concatenate([np.linspace(-12, 12, 150_001), np.random.default_rng(7).normal(0, 1e-3, 1000)])
+    for width, dtype, stated in ((32, np.float32, 2**-21.9), (64, np.float64, 2**-51)):
+        numbers = x.astype(dtype)
+        want = np.array([ABSOLUTE[name](v) for v in numbers.astype(np.float64).tolist()])
+        got = getattr(elementary, f"{name}{width}")(numbers)
+        assert np.abs(got.astype(np.float64) - want).max() <= stated
+        ends = getattr(elementary, f"{name}{width}")(np.array([math.inf, -math.inf, math.nan], dtype))
+        assert ends[:2].tolist() == {"tanh": [1, -1], "below": [1, 0], "density": [0, 0]}[name]
+        assert np.isnan(ends[2])
+
+
+@pytest.mark.parametrize("name", ABSOLUTE)
+@pytest.mark.parametrize("width", [32, 64])
+def test_the_reference_has_the_same_bits_near_one(elementary, name, width):
+    integer, number = (np.uint32, np.float32) if width == 32 else (np.uint64, np.float64)
+    g = np.random.default_rng(4)
+    everything = g.integers(0, 1 << width, 300_000, dtype=integer).view(number)
+    with np.errstate(over="ignore"):
+        x = np.concatenate([everything, g.normal(0, 4, 100_000).astype(number), np.array(HARD, number)])
+    t = torch.from_numpy(x)
+    want = _elementary.tanh(t) if name == "tanh" else _elementary.normal(t)[name == "density"]
+    assert same(getattr(elementary, f"{name}{width}")(x), want)
+
+
 def test_limits(elementary):
     for width, dtype in ((32, np.float32), (64, np.float64)):
         x = np.array([math.nan, math.inf, -math.inf, 0.0, -0.0], dtype)

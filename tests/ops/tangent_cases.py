@@ -17,7 +17,7 @@ SHAPES = (
 #: Longer than a piece of a sum, with few tangents.
 LONG = ((1, 1, 140001), (2, 3, 70001), (3001, 64, 1), (31, 80, 49), (1, 4100, 32))
 SPECIAL = (0.0, -0.0, 1e-40, 60000.0, -60000.0, float("inf"), float("-inf"), float("nan"))
-KINDS = (1, 2, 3, 6)
+KINDS = (1, 2, 3, 4, 5, 6)
 #: Names of the terms of a call beside its tangents: e element-wise, c a number a channel.
 TERMS = (
     *("t0", "t0 p0:e", "t0 p0:c", "t1 p1:e", "t0 t1", "t0 t1 p1:e", "t0 p0:e t1 p1:c", "t0 p0:c t1 p1:e", "f0"),

@@ -75,7 +75,15 @@ def test_many_tangents(compiled):
 
 
 def _phi(kind):
-    return {1: torch.sigmoid, 2: torch.tanh, 3: torch.nn.functional.silu, 6: torch.relu}[kind]
+    functional = torch.nn.functional
+    return {
+        1: torch.sigmoid,
+        2: torch.tanh,
+        3: functional.silu,
+        4: functional.gelu,
+        5: lambda z: functional.gelu(z, approximate="tanh"),
+        6: torch.relu,
+    }[kind]
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)

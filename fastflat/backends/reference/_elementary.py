@@ -36,6 +36,8 @@ class _Format:
     log_tail: tuple[float, ...]
     sine_tail: tuple[float, ...]
     cosine_tail: tuple[float, ...]
+    normal_tail: tuple[float, ...]
+    peak_density: float
 
 
 _FORMATS = {
@@ -60,6 +62,8 @@ _FORMATS = {
         log_tail=(6.666666e-01, 4.0000972e-01, 2.8498793e-01, 2.4278857e-01),
         sine_tail=(-6.4596367e-01, 7.9681866e-02, -4.6060635e-03),
         cosine_tail=(-1.2337005e00, 2.5366852e-01, -2.0855254e-02, 8.935723e-04),
+        normal_tail=(0.10056086, 0.0994751, 0.06323166, 0.21965346, -0.21192595, 0.3154557, -0.08645083),
+        peak_density=0.3989423,
     ),
     torch.float64: _Format(
         integer=torch.int64,
@@ -118,6 +122,25 @@ _FORMATS = {
             4.7103031607185294e-07,
             -6.285421083052827e-09,
         ),
+        normal_tail=(
+            0.09974405444180474,
+            0.09957072420951622,
+            0.0949458459803783,
+            0.07361115764169901,
+            0.0876362105855102,
+            -0.004199652280908166,
+            0.057521102147695714,
+            0.11124049021178187,
+            -0.4202553085646161,
+            0.7809656074110198,
+            -0.9610002298701803,
+            0.7791985074278353,
+            -0.413742840754715,
+            0.13993655631293495,
+            -0.027609556502353798,
+            0.002437331602597286,
+        ),
+        peak_density=0.3989422804014327,
     ),
 }
 
@@ -152,6 +175,22 @@ def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + e^-x) for fp32 or fp64 x of any shape; NaN stays."""
     e = exp(-x.abs())
     return torch.where(x < 0, e, torch.ones_like(e)) / (1.0 + e)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """For fp32 or fp64 x of any shape, to a few units in the last place of 1; NaN stays."""
+    low = -x.abs()
+    e = exp(low + low)
+    return torch.where(x < 0, -torch.ones_like(e), torch.ones_like(e)) * ((1.0 - e) / (1.0 + e))
+
+
+def normal(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The standard normal distribution and its density, the former to a few units in the last place of 1."""
+    f = _FORMATS[z.dtype]
+    e = exp(-0.5 * (z * z))
+    t = 1.0 / (1.0 + 0.25 * z.abs())
+    beyond = e * (t * _horner(t, f.normal_tail))
+    return torch.where(z < 0, beyond, 1.0 - beyond), e * f.peak_density
 
 
 def log_of_normal(x: Tensor, exponent: Tensor | float = 0.0) -> Tensor:

@@ -71,12 +71,32 @@ def _of_silu(z: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return slope, None if g is None else ((s * rest) * (2 + z * (1 - (s + s)))) * g
 
 
+def _of_gelu(z: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    z = _held(z)
+    below, density = _elementary.normal(z)
+    return below + z * density, None if g is None else (density * (2 - z * z)) * g
+
+
+def _of_gelu_tanh(z: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    z = _held(z)
+    c = torch.tensor(0.7978845608028654, dtype=z.dtype, device=z.device)
+    square = z * z
+    t = _elementary.tanh(c * (z + 0.044715 * (square * z)))
+    q = 1 - t * t
+    half = 0.5 * z
+    first = c * (1 + 0.134145 * square)
+    second = (0.26829 * c) * z
+    slope = 0.5 * (1 + t) + (half * q) * first
+    bend = q * first + half * (q * second - ((2 * t) * q) * (first * first))
+    return slope, None if g is None else bend * g
+
+
 def _of_relu(p: Tensor, g: Tensor | None) -> tuple[Tensor, None]:
     return torch.where(p <= 0, torch.zeros_like(p), torch.ones_like(p)), None
 
 
 #: phi'(p) and phi''(p) g by the number of the activation.
-_FACTORS = {1: _of_sigmoid, 2: _of_tanh, 3: _of_silu, 6: _of_relu}
+_FACTORS = {1: _of_sigmoid, 2: _of_tanh, 3: _of_silu, 4: _of_gelu, 5: _of_gelu_tanh, 6: _of_relu}
 
 
 def tangents_sums(
