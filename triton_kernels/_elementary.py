@@ -101,6 +101,52 @@ def sigmoid(x):
 
 
 @triton.jit
+def tanh(x):
+    """To a few units in the last place of 1; NaN stays."""
+    least: tl.constexpr = -0x8000000000000000 if x.dtype == tl.float64 else -0x80000000
+    low = _as_number(_as_bits(x) | least)
+    e = exp(low + low)
+    return tl.where(x < 0.0, -1.0, 1.0).to(x.dtype) * divide(1.0 - e, 1.0 + e)
+
+
+@triton.jit
+def _normal_tail(t):
+    if t.dtype == tl.float64:
+        s = -0.027609556502353798 + t * 0.002437331602597286
+        s = 0.13993655631293495 + t * s
+        s = -0.413742840754715 + t * s
+        s = 0.7791985074278353 + t * s
+        s = -0.9610002298701803 + t * s
+        s = 0.7809656074110198 + t * s
+        s = -0.4202553085646161 + t * s
+        s = 0.11124049021178187 + t * s
+        s = 0.057521102147695714 + t * s
+        s = -0.004199652280908166 + t * s
+        s = 0.0876362105855102 + t * s
+        s = 0.07361115764169901 + t * s
+        s = 0.0949458459803783 + t * s
+        s = 0.09957072420951622 + t * s
+        return 0.09974405444180474 + t * s
+    else:
+        s = 0.3154557 + t * -0.08645083
+        s = -0.21192595 + t * s
+        s = 0.21965346 + t * s
+        s = 0.06323166 + t * s
+        s = 0.0994751 + t * s
+        return 0.10056086 + t * s
+
+
+@triton.jit
+def normal(z):
+    """The standard normal distribution, to a few units in the last place of 1, and its density."""
+    peak: tl.constexpr = 0.3989422804014327 if z.dtype == tl.float64 else 0.3989423
+    e = exp(-0.5 * (z * z))
+    t = divide(tl.full(z.shape, 1.0, z.dtype), 1.0 + 0.25 * tl.abs(z))
+    beyond = e * (t * _normal_tail(t))
+    return tl.where(z < 0.0, beyond, 1.0 - beyond), e * peak
+
+
+@triton.jit
 def log_of_normal(x, exponent):
     """Natural logarithm of positive, finite, normal numbers times 2^exponent."""
     wide: tl.constexpr = x.dtype == tl.float64

@@ -31,7 +31,12 @@ def _part(name: str) -> ModuleType:
     return module
 
 
-class Emulated(_part("lists").ListOps, _part("vectors").VectorOps, _part("row_tangents").RowTangentOps):
+class Emulated(
+    _part("lists").ListOps,
+    _part("vectors").VectorOps,
+    _part("tangents").TangentOps,
+    _part("row_tangents").RowTangentOps,
+):
     """Launches the kernels of `module` on dense CPU tensors whose storage starts on 16 bytes."""
 
     def __init__(self, module: ModuleType) -> None:

@@ -9,6 +9,7 @@ import sys
 
 import glue_lists
 import glue_row_tangents
+import glue_tangents
 import glue_vectors
 import torch
 
@@ -302,6 +303,8 @@ glue_vectors.compare(call)
 glue_vectors.refuse(refused)
 glue_row_tangents.compare(call)
 glue_row_tangents.refuse(refused)
+glue_tangents.compare(call)
+glue_tangents.refuse(refused)
 x, one = randn(4, 6), torch.ones(())
 grid = (-8, 7, -1, 0, TINY, 0)
 refused("scale must have 4 values", "fake_quantize", x, torch.ones(3), None, -8, 7, 0, 0, TINY, 0)

@@ -5,6 +5,7 @@
 #include "core/lists.h"
 #include "core/row_tangents_checks.h"
 #include "core/storage.h"
+#include "core/tangent_checks.h"
 #include "core/tensor.h"
 #include "core/vector_checks.h"
 #include "cuda/device.h"
@@ -22,4 +23,5 @@
 #include "cuda/mixquant.cpp"
 #include "cuda/row_tangents.cpp"
 #include "cuda/sharpness.cpp"
+#include "cuda/tangents.cpp"
 #include "cuda/vectors.cpp"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastflat._ops import compute_dtype
+from fastflat._ops import OPS, compute_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: [O, C, I]: nothing, no channels, channels last, few of them, short and odd runs, runs about as long as a tile.
@@ -81,6 +81,10 @@ def summation(terms: str, count: int, shape, dtype: torch.dtype, special: bool =
 SUMS = ("p0", "total", "mask", "p0 total", "p0 t1", "p0 mask", "p0 t1 mask total", "")
 
 
+def bytes_of(name: str):
+    return OPS[name].bytes_moved
+
+
 def assert_same_bits(got: Tensor, want: Tensor) -> None:
     assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride())
     nan = want.isnan()
@@ -138,7 +142,11 @@ REFUSED = (
     ("tangents_combine", _combine(mask=_TANGENT), "mask must have shape [O=3, C=4, I=5], got [2, 3, 4, 5]"),
     ("tangents_combine", _combine(kind=7), "kind must be in [0, 6], got 7"),
     ("tangents_combine", _combine(kind=3), "p0 and t0 or t1 must be given for an activation"),
-    ("tangents_combine", _combine(kind=3, p0=_PRIMAL, t1=_TANGENT), "t1 and p1 must be given together for an activation"),
+    (
+        "tangents_combine",
+        _combine(kind=3, p0=_PRIMAL, t1=_TANGENT),
+        "t1 and p1 must be given together for an activation",
+    ),
     ("tangents_combine", _combine(kind=6, p0=_PRIMAL, t1=_TANGENT, p1=_PRIMAL), "t1 must be absent for relu"),
     ("tangents_combine", _combine(kind=1, p0=torch.ones(4)), "p0 must have shape [O=3, C=4, I=5], got [4]"),
     ("tangents_sums", _sums(t1=_TANGENT), "t1 and p1 must be given together, and with p0"),
