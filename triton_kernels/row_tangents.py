@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._common import narrow, widen
+from ._common import divide, narrow, widen
 from ._elementary import exp
 from ._launch import OPTIONS
 
@@ -41,7 +41,7 @@ def _total(v):
 
 @triton.jit
 def _mean(total, D, dtype: tl.constexpr):
-    return (total / D.to(tl.float64)).to(dtype)
+    return divide(total.to(dtype), D.to(dtype))
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def _norm_kernel(
     D = units.to(tl.int64) * ALIGN
     rows, k, last = _share(R, share, K, ROWS)
     alive = rows < R
-    at = tl.arange(0, BLOCK)[None, :].to(tl.int64)
+    at = tl.arange(0, BLOCK)[None, :]
     i = tl.load(inv + rows, mask=alive, other=0.0)
     C: tl.constexpr = inv.dtype.element_ty
     inside = alive & (at < D)
@@ -183,7 +183,7 @@ def _norm_bwd_kernel(
     D = units.to(tl.int64) * ALIGN
     rows, k, last = _share(R, share, K, ROWS)
     alive = rows < R
-    at = tl.arange(0, BLOCK)[None, :].to(tl.int64)
+    at = tl.arange(0, BLOCK)[None, :]
     of_inv = tl.load(inv + rows, mask=alive, other=0.0)
     C: tl.constexpr = inv.dtype.element_ty
     RH: tl.constexpr = G or ALONG
@@ -282,7 +282,7 @@ def _softmax_kernel(
     D = units.to(tl.int64) * ALIGN
     rows, k, last = _share(R, share, K, ROWS)
     alive = rows < R
-    at = tl.arange(0, BLOCK)[None, :].to(tl.int64)
+    at = tl.arange(0, BLOCK)[None, :]
     inside = alive & (at < D)
     C: tl.constexpr = tl.float64 if t.dtype.element_ty == tl.float64 else tl.float32
     if RESIDENT:
@@ -335,7 +335,7 @@ def _softmax_bwd_kernel(
     D = units.to(tl.int64) * ALIGN
     rows, k, last = _share(R, share, K, ROWS)
     alive = rows < R
-    at = tl.arange(0, BLOCK)[None, :].to(tl.int64)
+    at = tl.arange(0, BLOCK)[None, :]
     inside = alive & (at < D)
     C: tl.constexpr = tl.float64 if p.dtype.element_ty == tl.float64 else tl.float32
     of_grad = tl.zeros([ROWS, 1], C)
@@ -391,23 +391,24 @@ def _softmax_bwd_kernel(
 
 def _launch_rows(kernel, k: int, like: torch.Tensor, pointers: tuple, flags: tuple) -> None:
     """`pointers`: tensors of the kernel in its order, None for absent ones, which are never read."""
-    (rows, length), double = like.shape, like.dtype == torch.float64
+    (rows, length), halved = like.shape, 2 if like.dtype == torch.float64 else 1
     if k == 0 or like.numel() == 0:
         return
-    block, longest = triton.next_power_of_2(length), _LONGEST // (2 if double else 1)
-    resident = block <= longest
-    block = block if resident else _TILE
-    tile_rows = max(1, _TILE // (2 if double else 1) // block)
+    block = triton.next_power_of_2(length)
+    resident = block <= _LONGEST // halved
+    # At most 8 elements a thread, 4 of double: more would spill on some architectures.
+    warps = max(4, block * halved // 256) if resident else 8
+    block = block if resident else 2 * _TILE // halved
+    tile_rows = max(1, _TILE // halved // block)
     blocks = triton.cdiv(rows, tile_rows)
     share = triton.cdiv(k, max(1, min(k, triton.cdiv(_ENOUGH, blocks))))
     vector = _launch.vector(like)
     align = vector if length % vector == 0 else 1
-    options = {**OPTIONS, "num_warps": 8} if block > _TILE // (2 if double else 1) else OPTIONS
     given = [_launch.raw(like if t is None else t) for t in pointers]
     with _launch.on_device(like):
-        kernel[(blocks * triton.cdiv(k, share),)](
-            *given, k, rows, length // align, share, *flags, resident, tile_rows, block, align, **options
-        )
+        options = {**OPTIONS, "num_warps": warps}
+        numbers = (k, rows, length // align, share, *flags, resident, tile_rows, block, align)
+        kernel[(blocks * triton.cdiv(k, share),)](*given, *numbers, **options)
 
 
 def _count(*tangents: torch.Tensor | None) -> int:

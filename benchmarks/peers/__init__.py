@@ -11,7 +11,20 @@ from torch import Tensor
 from ..cases import Data
 from ..cases.fake_quantize_list import ListData
 from ..cases.sharpness import StepData
-from . import bitplanes, builtin, compiled, eager, floor, libraries, lists, ours, products, steps, vectors
+from . import (
+    bitplanes,
+    builtin,
+    compiled,
+    eager,
+    floor,
+    libraries,
+    lists,
+    ours,
+    products,
+    row_tangents,
+    steps,
+    vectors,
+)
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -73,6 +86,7 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
         "finite-difference": products.finite_difference,
     },
     "vectors": {"fastflat": vectors.ours, "matrices": vectors.matrices, "loop": vectors.loop},
+    "row_tangents": {"fastflat": row_tangents.ours, "stock": row_tangents.stock},
     "identity": {"mul": floor.mul, "fastflat": ours.identity, "clone": floor.clone},
 }
 

@@ -23,7 +23,7 @@ _QUICK_SIZES = "2^12,2^16,2^20,2^22"
 _SMALLEST, _LARGEST = 2**7, 2**28
 _FAMILIES = (
     *("fake_quantize", "general_quantize", "fake_quantize_list", "mixquant", "bitplane", "binarize", "liq"),
-    *("vectors", "identity"),
+    *("vectors", "row_tangents", "identity"),
 )
 #: Families whose cases are steps of optimizers.
 _STEPS = ("sharpness", "descent")

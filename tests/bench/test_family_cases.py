@@ -98,3 +98,16 @@ def test_vector_work_is_the_same_by_matrices_and_slice_by_slice(benchmarks):
             found.append([torch.as_tensor(result, dtype=torch.float64), data.x])
         for other in found[1:]:
             torch.testing.assert_close(other, found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tangents_of_rows_are_those_of_stock_operations(benchmarks, dtype):
+    module = bench.package("cases.row_tangents")
+    for case in module.cases([2000], [dtype], [n for n in module.GRANULARITIES if "50257" not in n]):
+        data, tuples = case.data(CPU), []
+        for peer in ("fastflat", "stock"):
+            found = benchmarks.peers.PEERS["row_tangents"][peer](data)(data.x, data.scale)
+            tuples.append((found,) if isinstance(found, torch.Tensor) else found)
+        for ours, theirs in zip(*tuples, strict=True):
+            tolerance = 1e-4 if dtype == torch.float32 else 1e-12
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
