@@ -32,7 +32,7 @@ def trace(
         max_products: stop there anyway, with ``converged=False``. 1000, or 96 with a sketch, where None.
         chunk: vectors in one product.
         method: ``"hutchinson"``, the mean of ``v^T H v``, exact on diagonal matrices. ``"jets"``: the same mean from
-            the forward pass alone, at about half the price: four probes share a second-order tangent; of operators that
+            the forward pass alone, at about half the price: two probes share a second-order tangent; of operators that
             have ``mean_forms``. ``"auto"``: ``"jets"`` where every operation has a second derivative, else
             ``"hutchinson"``. ``"hutch++"``: the trace on the
             range of a third of the products, exactly, and Hutchinson's mean of the rest; exact where the rank of H is
@@ -154,7 +154,7 @@ def _hutchinson(run: Probes) -> Estimate:
 
 #: Probes of one second-order tangent: enough that it costs little beside theirs, and few enough that their mean still
 #: says how much they scatter.
-_SHARING = 4
+_SHARING = 2
 
 
 def _jets(run: Probes, n: int | None = None, name: str | None = None) -> Estimate:
