@@ -171,12 +171,15 @@ def _left_of_machine() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
+_GROUP = Path("/sys/fs/cgroup")
+
+
 def _left_of_group() -> int | None:
     """Of the control group (version 2) that a container lives in; files that the kernel caches do not count."""
-    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines()).get("inactive_file", 0)
+        limit, used = (_GROUP / "memory.max").read_text().strip(), int((_GROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        cached = stat.get("inactive_file", 0)
     except (OSError, ValueError):
         return None
     return None if limit == "max" else max(int(limit) - used + int(cached), 0)

@@ -99,7 +99,7 @@ def check_combine(combine, reference, arguments: tuple) -> None:
 
 def check_sums(sums, reference, arguments: tuple) -> None:
     """Sums within 1e-5 (fp64: 1e-13) of the sum of the magnitudes of the terms; what is not finite is alike."""
-    t0, p0, t1, p1, mask, total = arguments
+    t0, p0, t1, p1, _mask, total = arguments
     got, want = sums(*arguments), reference(*arguments)
     assert_same_bits(got[0], want[0])
     magnitudes = reference(*(t if t is None else t.abs() for t in (t0, p0, t1, p1)), None, total)
