@@ -22,7 +22,7 @@ from fastflat.cli._subject import Subject
 
 _CHECKED = {
     "trace": "",
-    "checked": "; crosses: where rounding this layer alone raised the loss of a batch by more, which then counts",
+    "checked": "; crosses: where rounding this layer alone raised the loss of a batch by more",
 }
 _BUDGETS = ("average_bits", "size", "bops", "latency")
 
@@ -45,8 +45,18 @@ _BUDGETS = ("average_bits", "size", "bops", "latency")
 @click.option("--skip", multiple=True, help="Layers left in floats: patterns, first, last. Repeatable.")
 @click.option(
     "--score", default="checked", show_default=True, type=click.Choice(("checked", "trace")),
-    help="trace: half of tr(H)/n |Q(W) - W|^2. checked: the measured rise where that is larger.",
+    help="trace: half of tr(H)/n |Q(W) - W|^2. checked: also the measured rise where larger; of both choices"
+    " the one with the smaller loss.",
 )  # fmt: skip
+@click.option(
+    "--scales", default="mse", show_default=True, type=click.Choice(("mse", "absmax")),
+    help="Scales of the rounded weights: of least squared error, or from the largest magnitude.",
+)  # fmt: skip
+@click.option(
+    "--finetune", default=0, show_default=True, type=click.IntRange(0),
+    help="Steps of Adam on the rounded weights, for the choice and for one width of no larger size.",
+)  # fmt: skip
+@click.option("--finetune-lr", default=1e-4, show_default=True, help="Learning rate of --finetune; falls to 0.")
 @click.option("--rtol", default=0.1, show_default=True, help="Relative standard error of each trace.")
 @click.option(
     "--route", default="auto", show_default=True, type=click.Choice(("auto", "sampled", "own", "joint")),
@@ -58,8 +68,9 @@ def allocate(run: Path | None, model: str | None, **given: Any) -> None:
     RUN is the folder of a run of fastflat train. The score of a layer at a width is half of tr(H)/n |Q(W) - W|^2 with
     the trace of its Hessian block at the float weights (HAWQ-V2), the rise of the loss to second order. Rounding to few
     bits moves weights too far for that, so each layer is rounded alone and the loss of one batch taken: a larger rise
-    takes the place of the score. The widths of least total score within the budget are found exactly. Loss and accuracy
-    after rounding are compared with those of one width for all layers at the same size.
+    takes the place of the score. The widths of least total score within the budget are found exactly, with the scores
+    and with the rises, and of both the choice with the smaller loss is taken. Loss and accuracy after rounding, and
+    after fine-tuning if asked for, are compared with those of one width for all layers at the same size.
 
     The folder of the results holds bits.json, which prepare(model, bits=...) takes, allocation.json and report.html.
 
@@ -67,7 +78,7 @@ def allocate(run: Path | None, model: str | None, **given: Any) -> None:
     Examples:
       fastflat allocate runs/float --average-bits 4
       fastflat allocate runs/float --size 40000 --widths 2,3,4,5,6,8 --json allocation.json
-      fastflat allocate --model crepe-tiny --average-bits 3
+      fastflat allocate --model crepe-tiny --average-bits 3 --widths 2,3,4,5,6 --finetune 100
     """
     _subject.check("allocate", run, model, given)
     kind, budget = _budget(given)
@@ -75,11 +86,15 @@ def allocate(run: Path | None, model: str | None, **given: Any) -> None:
     table = _latencies(given["latency"]) if kind == "latency" else {}
     if not given["rtol"] > 0:
         raise ValueError(f"allocate: --rtol must be above 0, got {given['rtol']}")
+    if not (math.isfinite(given["finetune_lr"]) and given["finetune_lr"] > 0):
+        raise ValueError(f"allocate: --finetune-lr must be above 0, got {given['finetune_lr']}")
     if given["threads"] is not None:
         torch.set_num_threads(given["threads"])
     subject = _subject.load("allocate", run, model)
     layers = _layers(subject.model, given["skip"])
     with_float = _with_float_weights(subject.model, layers)
+    if given["finetune"] and any(hasattr(layer, "weight_quantizers") for layer in layers.values()):
+        raise ValueError("allocate: --finetune must be 0 for a network with quantizers: train it with fastflat train")
     examples = subject.batches(given["batches"], given["batch"])
     activation_bits = given["activation_bits"] or subject.activation_bits or 8
     costs = _costs(kind, with_float, layers, widths, table, activation_bits, examples)
@@ -199,7 +214,7 @@ def _found(subject, model, layers, widths, examples, costs, kind, budget, given)
     weights = {name: model.get_submodule(name).weight for name in layers}
     sizes = {name: w.numel() for name, w in weights.items()}
     limit = budget * sum(sizes.values()) if kind == "average_bits" else budget * 8 if kind == "size" else budget
-    errors = methods.rounding_errors(weights, widths)
+    errors = methods.rounding_errors(weights, widths, scale=given["scales"])
     # Refused before the curvature is computed: a budget below the cheapest choice.
     methods.allocate_bits({name: dict.fromkeys(widths, 0.0) for name in layers}, costs, limit)
     operator = curvature.Hessian(model, subject.loss, examples, [f"{name}.weight" for name in layers])
@@ -210,9 +225,25 @@ def _found(subject, model, layers, widths, examples, costs, kind, budget, given)
     values = {name: float(traces[f"{name}.weight"].value) for name in layers}
     omega = methods.sensitivities(values, sizes, errors)
     predicted = {name: {b: score / 2 for b, score in of_layer.items()} for name, of_layer in omega.items()}
-    rises = _rises(model, subject.loss, layers, widths, examples[0]) if given["score"] == "checked" else predicted
+    scales, checked = given["scales"], given["score"] == "checked"
+    rises = _rises(model, subject.loss, layers, widths, examples[0], scales) if checked else predicted
     scores = {name: {b: max(predicted[name][b], rises[name][b]) for b in widths} for name in layers}
-    chosen = methods.allocate_bits(scores, costs, limit)
+    losses: dict[tuple[int, ...], float] = {}
+
+    def loss_of(bits: dict[str, int]) -> float:
+        key = tuple(bits[name] for name in layers)
+        if key not in losses:
+            losses[key] = _loss(_rounded(model, bits, scales), subject.loss, examples)
+        return losses[key]
+
+    def least(costs, limit):
+        """The choice within a limit; of two the one with the smaller loss."""
+        found = [
+            methods.allocate_bits(score, costs, limit) for score in ((scores, predicted) if checked else (scores,))
+        ]
+        return min(found, key=lambda choice: loss_of(choice.bits)) if checked else found[0]
+
+    chosen = least(costs, limit)
     bits = {name: chosen.bits[name] for name in layers}
     total = sum(sizes.values())
     known: dict[tuple[int, ...], tuple[float, float]] = {}
@@ -220,7 +251,7 @@ def _found(subject, model, layers, widths, examples, costs, kind, budget, given)
     def row(label: str, bits: dict[str, int]) -> dict[str, Any]:
         key = tuple(bits.values())
         if key not in known:
-            known[key] = subject.evaluate(_rounded(model, bits))
+            known[key] = subject.evaluate(_rounded(model, bits, scales))
         loss, accuracy = known[key]
         return {
             "label": label,
@@ -235,12 +266,19 @@ def _found(subject, model, layers, widths, examples, costs, kind, budget, given)
     in_bits = {name: {b: float(sizes[name] * b) for b in widths} for name in layers}
 
     def chosen_at(average: float, label: str) -> dict[str, Any]:
-        same = methods.allocate_bits(scores, in_bits, total * average).bits
+        same = least(in_bits, total * average).bits
         return row(label, {name: same[name] for name in layers})
 
     compared = [[row(f"all {b}", dict.fromkeys(layers, b)), chosen_at(b, f"chosen, size of all {b}")] for b in widths]
     halves = [(a + b) / 2 for a, b in itertools.pairwise(widths)]
     float_loss, float_accuracy = subject.evaluate(model)
+    finetuned = []
+    if given["finetune"]:
+        spent = sum(costs[n][b] for n, b in bits.items())
+        even = [b for b in widths if sum(costs[n][b] for n in layers) <= max(spent, limit)]
+        for label, own in (("chosen", bits), *((f"all {b}", dict.fromkeys(layers, b)) for b in even[-1:])):
+            loss, accuracy = _finetuned(subject, model, own, scales, given)
+            finetuned.append({**row(label, own), "label": f"{label}, fine-tuned", "loss": loss, "accuracy": accuracy})
     return {
         "network": subject.name,
         "measure": subject.measure,
@@ -254,7 +292,9 @@ def _found(subject, model, layers, widths, examples, costs, kind, budget, given)
         "reason": traces.reason,
         "float_loss": float_loss,
         "float_accuracy": float_accuracy,
+        "scales": scales,
         "chosen": row("chosen", bits),
+        "finetuned": finetuned,
         "compared": compared,
         "between": [chosen_at(average, f"chosen, {average:g} bits each") for average in halves],
         "layers": [
@@ -272,28 +312,61 @@ def _found(subject, model, layers, widths, examples, costs, kind, budget, given)
 
 
 @torch.no_grad()
-def _rises(model, loss, layers, widths, batch) -> dict[str, dict[int, float]]:
+def _rises(model, loss, layers, widths, batch, scales) -> dict[str, dict[int, float]]:
     """How much the loss of a batch rises with each layer alone rounded to each width."""
     from tqdm import tqdm
 
-    x, y = batch
-    before = float(loss(model(x), y))
+    before = _loss(model, loss, [batch])
     found: dict[str, dict[int, float]] = {name: {} for name in layers}
     for name, b in tqdm(list(itertools.product(layers, widths)), desc="rounding", leave=False, disable=None):
-        found[name][b] = float(loss(_rounded(model, {name: b})(x), y)) - before
+        found[name][b] = _loss(_rounded(model, {name: b}, scales), loss, [batch]) - before
     return found
 
 
 @torch.no_grad()
-def _rounded(model: nn.Module, bits: dict[str, int]) -> nn.Module:
-    """A copy with each weight rounded to the grid of its largest magnitude, one for each output channel."""
-    from fastflat import QuantSpec, fake_quantize_dynamic
+def _loss(model: nn.Module, loss, batches) -> float:
+    """The mean over the examples of some batches."""
+    losses = [(float(loss(model(x), y)), len(x)) for x, y in batches]
+    return sum(value * rows for value, rows in losses) / sum(rows for _, rows in losses)
+
+
+@torch.no_grad()
+def _rounded(model: nn.Module, bits: dict[str, int], scales: str) -> nn.Module:
+    """A copy with weights rounded, with one scale for each output channel."""
+    from fastflat import methods
 
     model = copy.deepcopy(model)
     for name, b in bits.items():
         weight = model.get_submodule(name).weight
-        weight.copy_(fake_quantize_dynamic(weight, spec=QuantSpec(bits=b, axis=0, mask="none"))[0])
+        weight.copy_(methods.rounded(weight, b, scale=scales))
     return model
+
+
+def _finetuned(subject: Subject, model: nn.Module, bits: dict[str, int], scales: str, given) -> tuple[float, float]:
+    """Loss and accuracy of a copy with quantized weights after some steps of Adam; batch norm stays as it is."""
+    from tqdm import tqdm
+
+    from fastflat import QuantSpec, optim, param_groups, prepare
+    from fastflat.quant._initial import scale_from
+
+    steps, lr = given["finetune"], given["finetune_lr"]
+    others = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and n not in bits]
+    model = prepare(copy.deepcopy(model), weights=QuantSpec.lsq(bits=8, axis=0), bits=bits, skip=tuple(others)).eval()
+    for name, b in bits.items():
+        layer = model.get_submodule(name)
+        (quantizer,) = layer.weight_quantizers().values()
+        spec = QuantSpec(bits=b, axis=0, mask="none")
+        scale, _ = scale_from(layer.weight.detach(), spec, scales, name)
+        with torch.no_grad():
+            quantizer.scale.copy_(scale)
+    optimizer = optim.Adam(param_groups(model, scale_lr=lr), lr=lr)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for x, y in tqdm(subject.batches(steps, given["batch"]), desc="fine-tuning", leave=False, disable=None):
+        optimizer.zero_grad()
+        subject.loss(model(x), y).backward()
+        optimizer.step()
+        falling.step()
+    return subject.evaluate(model)
 
 
 def _tables(found: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
@@ -307,7 +380,7 @@ def _tables(found: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
     exact = {"label": "float", "bytes": 4 * total, "average_bits": 32, "score": 0}
     exact |= {"loss": found["float_loss"], "accuracy": found["float_accuracy"]}
     others = [*(row for pair in found["compared"] for row in pair), *found["between"]]
-    for row in [exact, found["chosen"], *sorted(others, key=lambda row: row["average_bits"])]:
+    for row in [exact, found["chosen"], *found["finetuned"], *sorted(others, key=lambda row: row["average_bits"])]:
         numbers = [f"{row['bytes']:.0f}", f"{row['average_bits']:.2f}", f"{row['score']:.3g}", f"{row['loss']:.4g}"]
         rows.append([row["label"], *numbers, f"{100 * row['accuracy']:.2f} %"])
     return layers, rows
@@ -342,8 +415,8 @@ def _report(subject: Subject, found: dict[str, Any]) -> str:
             "title": "After rounding",
             "figure": _curvature_figures.accuracies(found),
             "table": rows,
-            "note": f"{found['measure'].capitalize()} with weights rounded to one scale for each output channel, and"
-            " nothing trained afterwards.",
+            "note": f"{found['measure'].capitalize()} with weights rounded with one scale for each output channel"
+            f" ({found['scales']}), and nothing trained afterwards unless a row says so.",
         },
     ]
     return _subject.page(f"Bit allocation of {found['network']}", subject.lead, parts)

@@ -18,8 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastflat import _checks
 from fastflat._spec import QuantSpec
-from fastflat.functional import fake_quantize_dynamic
+from fastflat.functional import fake_quantize, fake_quantize_dynamic
+from fastflat.quant._initial import scale_from
 
 _OP = "fastflat.methods"
 Table = Mapping[str, Mapping[int, float]]
@@ -45,29 +47,49 @@ class Allocation:
 
 
 @torch.no_grad()
+def rounded(w: Tensor, bits: int, spec: QuantSpec | None = None, scale: str = "mse") -> Tensor:
+    """``Q_b(W)``: a weight on its grid of so many bits.
+
+    Args:
+        w: any shape.
+        bits: 1 to 16.
+        spec: how it is rounded, the width aside. Default: symmetric, one scale for each output channel (axis 0), as for
+            post-training quantization.
+        scale: how scales are taken from the weight: ``"mse"``, of least squared error, or ``"absmax"``, the largest
+            magnitude on the outermost level. With 2 or 3 bits the difference decides.
+    """
+    spec = (spec or QuantSpec(bits=8, axis=0, mask="none")).replace(bits=bits)
+    spec = spec.replace(axis=None) if w.dim() == 0 else spec
+    w = w.detach()
+    if scale == "absmax":
+        return fake_quantize_dynamic(w, spec=spec)[0]
+    if scale != "mse":
+        _checks.fail("methods.rounded", "scale", "be 'mse' or 'absmax'", repr(scale))
+    found, zero_point = scale_from(w, spec, "mse", "a weight")
+    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+    return fake_quantize(w, found.to(wide), zero_point if zero_point is None else zero_point.to(wide), spec=spec)
+
+
 def rounding_errors(
-    weights: Mapping[str, Tensor], bits: Sequence[int] = (2, 3, 4, 5, 6, 8), spec: QuantSpec | None = None
+    weights: Mapping[str, Tensor],
+    bits: Sequence[int] = (2, 3, 4, 5, 6, 8),
+    spec: QuantSpec | None = None,
+    scale: str = "mse",
 ) -> dict[str, dict[int, float]]:
     """``|Q_b(W) - W|^2`` of each weight for each width.
 
     Args:
         weights: name -> tensor of any shape.
         bits: widths from 1 to 16.
-        spec: how weights are rounded, the width aside; the scale is taken from the weight. Default: symmetric, one
-            scale for each output channel (axis 0), as for post-training quantization.
+        spec, scale: as for :func:`rounded`.
 
     Returns:
         name -> width -> squared error, in fp64.
     """
-    spec = spec or QuantSpec(bits=8, axis=0, mask="none")
-    found: dict[str, dict[int, float]] = {}
-    for name, w in weights.items():
-        own = spec.replace(axis=None) if w.dim() == 0 else spec
-        found[name] = {}
-        for b in bits:
-            rounded = fake_quantize_dynamic(w.detach(), spec=own.replace(bits=b))[0]
-            found[name][b] = float((rounded.double() - w.double()).square().sum())
-    return found
+    return {
+        name: {b: float((rounded(w, b, spec, scale).double() - w.detach().double()).square().sum()) for b in bits}
+        for name, w in weights.items()
+    }
 
 
 def sensitivities(traces: Mapping[str, float], sizes: Mapping[str, int], errors: Table) -> dict[str, dict[int, float]]:
