@@ -1,147 +1,170 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks of the row_tangents family for the glue of every device: the only ones that these ops have.
+// Arguments of the row_tangents family for the glue of every device: one table an op says what each must be. One loop
+// over it takes them from the dispatcher's stack and checks them, which is a third of the code of as many typed
+// functions; these are the only checks that the ops have.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 #include <string>
 
+#include "core/row_tangents.h"
 #include "core/storage.h"
 
 namespace fastflat {
 
-using OptionalTensor = std::optional<Tensor>;
+struct RowTangentsArgument {
+  enum Kind { tangent, channels_tangent, statistic_tangent, rows, channels, statistic };
 
-// K tangents of rows [R, D]. The first tensor fixes dtype, device, R and D, the first tangent K. Out of line: a check
-// is much code for a call that never fails.
+  const char* name;
+  Kind kind;
+  bool optional;
+  const void* RowTangentsCall::* field;
+};
+
+// The row that an op is about (`like`) fixes dtype, device, R and D; its first tangent K.
+struct RowTangentsOp {
+  const char* name;
+  const char* tangents;  // of which one must be there
+  int like, count;
+  bool option;  // a last argument
+  RowTangentsArgument arguments[9];
+};
+
+namespace row_tangents_ops {
+
+using A = RowTangentsArgument;
+using C = RowTangentsCall;
+
+inline constexpr RowTangentsOp norm{"row_tangents_norm",
+                                    "x, along_weight, along_bias",
+                                    1,
+                                    6,
+                                    true,
+                                    {{"x", A::tangent, true, &C::x},
+                                     {"normal", A::rows, false, &C::normal},
+                                     {"inv", A::statistic, false, &C::of_row},
+                                     {"weight", A::channels, true, &C::weight},
+                                     {"along_weight", A::channels_tangent, true, &C::along_weight},
+                                     {"along_bias", A::channels_tangent, true, &C::along_bias}}};
+inline constexpr RowTangentsOp norm_bwd{"row_tangents_norm_bwd",
+                                        "g, x, mean, scale, along_weight",
+                                        5,
+                                        9,
+                                        true,
+                                        {{"g", A::tangent, true, &C::g},
+                                         {"x", A::tangent, true, &C::x},
+                                         {"mean", A::statistic_tangent, true, &C::mean},
+                                         {"scale", A::statistic_tangent, true, &C::scale},
+                                         {"along_weight", A::channels_tangent, true, &C::along_weight},
+                                         {"normal", A::rows, false, &C::normal},
+                                         {"grad", A::rows, false, &C::grad},
+                                         {"inv", A::statistic, false, &C::of_row},
+                                         {"weight", A::channels, true, &C::weight}}};
+inline constexpr RowTangentsOp softmax{
+    "row_tangents_softmax",
+    "t",
+    1,
+    3,
+    true,
+    {{"t", A::tangent, false, &C::x}, {"p", A::rows, false, &C::normal}, {"scale", A::statistic, true, &C::of_row}}};
+inline constexpr RowTangentsOp softmax_bwd{"row_tangents_softmax_bwd",
+                                           "g, along",
+                                           2,
+                                           4,
+                                           false,
+                                           {{"g", A::tangent, true, &C::g},
+                                            {"along", A::tangent, true, &C::x},
+                                            {"p", A::rows, false, &C::normal},
+                                            {"grad", A::rows, false, &C::grad}}};
+
+}  // namespace row_tangents_ops
+
 class RowTangents {
  public:
-  __attribute__((noinline)) RowTangents(const char* op, const char* name, const Tensor& rows)
-      : op_(op), first_(name), like_(rows) {
+  RowTangents(const RowTangentsOp& op, const StableIValue* stack, uint64_t arguments) : op_(op) {
+    require(arguments == static_cast<uint64_t>(op.count + op.option), "the schema", "fit the kernel");
+    for (int i = 0; i < op.count; ++i) {
+      if (op.arguments[i].optional) {
+        tensors_[i] = torch::stable::detail::to<std::optional<Tensor>>(stack[i]);
+      } else {
+        tensors_[i] = torch::stable::detail::to<Tensor>(stack[i]);
+      }
+    }
+    if (op.option) call.option = torch::stable::detail::to<bool>(stack[op.count]);
+    const Tensor& rows = like();
+    const char* name = op.arguments[op.like].name;
     require(rows.dim() == 2, name, "have two axes [R, D]");
     require(rows.is_contiguous(), name, "be contiguous; call .contiguous()");
-    storage = storage_of(op, name, rows.scalar_type());
-    R = rows.size(0);
-    D = rows.size(1);
-  }
-
-  void tangent(const char* name, const OptionalTensor& t) { check_tangent(name, t, own(), true, true); }
-  void channels_tangent(const char* name, const OptionalTensor& t) { check_tangent(name, t, own(), false, true); }
-  void statistic_tangent(const char* name, const OptionalTensor& t) { check_tangent(name, t, compute(), true, false); }
-  void rows(const char* name, const Tensor& t) const {
-    const int64_t sizes[] = {R, D};
-    check(name, t, sizes, 2, own());
-  }
-  void channels(const char* name, const OptionalTensor& t) const {
-    if (t) check(name, *t, &D, 1, own());
-  }
-  void statistic(const char* name, const OptionalTensor& t) const {
-    if (t) check(name, *t, &R, 1, compute());
-  }
-  // Ends the list of tangents, of which one must be there.
-  __attribute__((noinline)) void some(const char* names) const {
-    require(K >= 0, names, "not all be None");
+    call.storage = storage_of(op.name, name, rows.scalar_type());
+    call.R = rows.size(0);
+    call.D = rows.size(1);
+    for (int i = 0; i < op.count; ++i) {
+      if (!tensors_[i]) continue;
+      check(op.arguments[i], *tensors_[i]);
+      call.*op.arguments[i].field = tensors_[i]->const_data_ptr();
+    }
+    require(call.K >= 0, op.tangents, "not all be None");
     int64_t numbers = 0;
-    const bool fits = !__builtin_mul_overflow(K, R, &numbers) && !__builtin_mul_overflow(numbers, D, &numbers);
+    const bool fits =
+        !__builtin_mul_overflow(call.K, call.R, &numbers) && !__builtin_mul_overflow(numbers, call.D, &numbers);
     require(fits, "K R D", "fit 63 bits");
   }
 
-  ScalarType own() const { return like_.scalar_type(); }
-  ScalarType compute() const { return storage == f64 ? ScalarType::Double : ScalarType::Float; }
+  const char* name() const { return op_.name; }
+  const Tensor& like() const { return *tensors_[op_.like]; }
 
-  int64_t K = -1, R = 0, D = 0;
-  Storage storage = f32;
+  // New tensors for the results, and whatever leads to them on the stack.
+  void allocate() {
+    results_[0] = empty_dense(like(), {call.K, call.R, call.D}, like().scalar_type());
+    call.out = results_[0]->mutable_data_ptr();
+    if (&op_ != &row_tangents_ops::norm) return;
+    for (int i = 1; i < 3; ++i) results_[i] = empty_dense(like(), {call.K, call.R}, compute());
+    call.new_mean = results_[1]->mutable_data_ptr();
+    call.new_scale = results_[2]->mutable_data_ptr();
+  }
+  void leave(StableIValue* stack) const {
+    for (int i = 0; i < 3 && results_[i]; ++i) stack[i] = torch::stable::detail::from(*results_[i]);
+  }
+
+  RowTangentsCall call;
 
  private:
+  ScalarType compute() const { return call.storage == f64 ? ScalarType::Double : ScalarType::Float; }
+
   __attribute__((noinline)) void require(bool right, const char* name, const char* what, const char* more = "") const {
-    STD_TORCH_CHECK(right, "fastflat::", op_, ": ", name, " must ", what, more);
+    STD_TORCH_CHECK(right, "fastflat::", op_.name, ": ", name, " must ", what, more);
   }
 
-  __attribute__((noinline)) void check_tangent(const char* name, const OptionalTensor& t, ScalarType dtype,
-                                               bool of_rows, bool of_channels) {
-    if (!t) return;
-    if (K < 0 && t->dim() > 0) K = t->size(0);
-    const int64_t sizes[] = {K, of_rows ? R : D, D};
-    check(name, *t, sizes, 1 + of_rows + of_channels, dtype);
-  }
-
-  // `sizes`: of `dim` axes.
-  __attribute__((noinline, noclone)) void check(const char* name, const Tensor& t, const int64_t* sizes, int64_t dim,
-                                                ScalarType dtype) const {
+  __attribute__((noinline)) void check(const RowTangentsArgument& argument, const Tensor& t) {
+    using A = RowTangentsArgument;
+    const auto kind = argument.kind;
+    const bool moves = kind <= A::statistic_tangent,
+               of_statistic = kind == A::statistic_tangent || kind == A::statistic;
+    if (moves && call.K < 0 && t.dim() > 0) call.K = t.size(0);
+    std::vector<int64_t> sizes;
+    if (moves) sizes.push_back(call.K);
+    if (kind != A::channels_tangent && kind != A::channels) sizes.push_back(call.R);
+    if (!of_statistic) sizes.push_back(call.D);
     const auto shape = t.sizes();
-    if (!std::equal(sizes, sizes + dim, shape.begin(), shape.end())) {
-      const std::string wanted = text(sizes, sizes + dim), got = text(shape.begin(), shape.end());
-      STD_TORCH_CHECK(false, "fastflat::", op_, ": ", name, " must have shape [", wanted, "], got [", got, "]");
-    }
-    const bool own_dtype = dtype == own();
-    require(t.scalar_type() == dtype, name, own_dtype ? "have the dtype of " : "be float32", own_dtype ? first_ : "");
-    require(t.is_contiguous(), name, "be contiguous; call .contiguous()");
-    require(t.device() == like_.device(), name, "be on the device of ", first_);
+    const std::vector<int64_t> found(shape.begin(), shape.end());
+    if (found != sizes) require(false, argument.name, "have shape ", (text(sizes) + ", got " + text(found)).c_str());
+    const auto dtype = of_statistic ? compute() : like().scalar_type();
+    const bool own = dtype == like().scalar_type();
+    const char* const first = op_.arguments[op_.like].name;
+    require(t.scalar_type() == dtype, argument.name, own ? "have the dtype of " : "be float32", own ? first : "");
+    require(t.is_contiguous(), argument.name, "be contiguous; call .contiguous()");
+    require(t.device() == like().device(), argument.name, "be on the device of ", first);
   }
 
-  template <class Place>
-  __attribute__((noinline)) static std::string text(Place number, Place end) {
-    std::string list;
-    for (const char* between = ""; number != end; ++number, between = ", ") list += between + std::to_string(*number);
-    return list;
+  __attribute__((noinline)) static std::string text(const std::vector<int64_t>& numbers) {
+    std::string list = "[";
+    for (const int64_t n : numbers) list += (list.size() > 1 ? ", " : "") + std::to_string(n);
+    return list + "]";
   }
 
-  const char *op_, *first_;
-  const Tensor& like_;
+  const RowTangentsOp& op_;
+  std::optional<Tensor> tensors_[9], results_[3];
 };
-
-__attribute__((noinline)) inline RowTangents check_norm(const char* op, const OptionalTensor& x, const Tensor& normal,
-                                                        const Tensor& inv, const OptionalTensor& weight,
-                                                        const OptionalTensor& along_weight,
-                                                        const OptionalTensor& along_bias) {
-  RowTangents sizes(op, "normal", normal);
-  sizes.tangent("x", x);
-  sizes.channels_tangent("along_weight", along_weight);
-  sizes.channels_tangent("along_bias", along_bias);
-  sizes.statistic("inv", inv);
-  sizes.channels("weight", weight);
-  sizes.some("x, along_weight, along_bias");
-  return sizes;
-}
-
-__attribute__((noinline)) inline RowTangents check_norm_bwd(const char* op, const OptionalTensor& g,
-                                                            const OptionalTensor& x, const OptionalTensor& mean,
-                                                            const OptionalTensor& scale,
-                                                            const OptionalTensor& along_weight, const Tensor& normal,
-                                                            const Tensor& grad, const Tensor& inv,
-                                                            const OptionalTensor& weight) {
-  RowTangents sizes(op, "normal", normal);
-  sizes.tangent("g", g);
-  sizes.tangent("x", x);
-  sizes.statistic_tangent("mean", mean);
-  sizes.statistic_tangent("scale", scale);
-  sizes.channels_tangent("along_weight", along_weight);
-  sizes.rows("grad", grad);
-  sizes.statistic("inv", inv);
-  sizes.channels("weight", weight);
-  sizes.some("g, x, mean, scale, along_weight");
-  return sizes;
-}
-
-__attribute__((noinline)) inline RowTangents check_softmax(const char* op, const Tensor& t, const Tensor& p,
-                                                           const OptionalTensor& scale) {
-  RowTangents sizes(op, "p", p);
-  sizes.tangent("t", t);
-  sizes.statistic("scale", scale);
-  sizes.some("t");
-  return sizes;
-}
-
-__attribute__((noinline)) inline RowTangents check_softmax_bwd(const char* op, const OptionalTensor& g,
-                                                               const OptionalTensor& along, const Tensor& p,
-                                                               const Tensor& grad) {
-  RowTangents sizes(op, "p", p);
-  sizes.tangent("g", g);
-  sizes.tangent("along", along);
-  sizes.rows("grad", grad);
-  sizes.some("g, along");
-  return sizes;
-}
 
 }  // namespace fastflat

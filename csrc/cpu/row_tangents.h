@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the glue (row_tangents.cpp) and the loops (row_tangents_loops.cpp) agree on. Absent tensors are null.
+// What the glue (row_tangents.cpp) and the loops (row_tangents_loops.cpp) agree on.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "core/pairs.h"
+#include "core/row_tangents.h"
 #include "cpu/isa.h"
 
 namespace fastflat::cpu {
@@ -16,20 +16,10 @@ inline int64_t rows_at_once(int64_t D) {
   return std::max<int64_t>(1, std::min<int64_t>(most_rows, 4096 / std::max<int64_t>(D, 1)));
 }
 
-struct RowTangentsCall {
-  int64_t K, R, D;
-  Storage storage;
-  bool option;  // centered, or log
-  // Tangents of rows [K, R, D], and of channels [K, D].
-  const void *x = nullptr, *g = nullptr, *along_weight = nullptr, *along_bias = nullptr;
-  // [R, D], [D], and in the compute type [R] and [K, R].
-  const void *normal = nullptr, *grad = nullptr, *weight = nullptr;
-  const void *of_row = nullptr, *mean = nullptr, *scale = nullptr;
-  void *out = nullptr, *new_mean = nullptr, *new_scale = nullptr;
-
-  // Numbers of the compute type that a loop needs beside its tensors.
-  int64_t scratch() const { return (storage == f32 || storage == f64 ? 3 : 8) * rows_at_once(D) * D; }
-};
+// Numbers of the compute type that a loop needs beside its tensors.
+inline int64_t scratch_of(const RowTangentsCall& call) {
+  return (call.storage == f32 || call.storage == f64 ? 3 : 8) * rows_at_once(call.D) * call.D;
+}
 
 // A part of a call: some of the tangents of some rows.
 struct RowTangentsPart {

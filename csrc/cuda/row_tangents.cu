@@ -28,7 +28,7 @@ struct RowPlan {
   int64_t share;   // tangents of a block
   int64_t groups;  // of tangents
 
-  RowPlan(const RowsOfTangents& call, int pack, int held) {
+  RowPlan(const RowTangentsCall& call, int pack, int held) {
     const int64_t packs = ceil_div(call.D, pack);
     team = 1;
     while (team < kWarp && team < packs) team *= 2;
@@ -441,7 +441,7 @@ struct SoftmaxBackwardRows {
 };
 
 template <class F>
-cudaError_t launch_rows(const RowsOfTangents& call, const F& f, cudaStream_t stream) {
+cudaError_t launch_rows(const RowTangentsCall& call, const F& f, cudaStream_t stream) {
   using T = typename F::T;
   if (call.K == 0 || call.R == 0) return cudaSuccess;
   constexpr int N = pack_width<T>;
@@ -473,7 +473,7 @@ cudaError_t with_storage(Storage storage, F&& f) {
 
 }  // namespace
 
-ErrorCode launch_row_tangents_norm(const RowsOfTangents& call, StreamHandle stream) {
+ErrorCode launch_row_tangents_norm(const RowTangentsCall& call, StreamHandle stream) {
   return with_storage(call.storage, [&](auto type) {
     using T = type_of<decltype(type)>;
     using C = compute_t<T>;
@@ -486,7 +486,7 @@ ErrorCode launch_row_tangents_norm(const RowsOfTangents& call, StreamHandle stre
   });
 }
 
-ErrorCode launch_row_tangents_norm_bwd(const RowsOfTangents& call, StreamHandle stream) {
+ErrorCode launch_row_tangents_norm_bwd(const RowTangentsCall& call, StreamHandle stream) {
   return with_storage(call.storage, [&](auto type) {
     using T = type_of<decltype(type)>;
     using C = compute_t<T>;
@@ -498,7 +498,7 @@ ErrorCode launch_row_tangents_norm_bwd(const RowsOfTangents& call, StreamHandle 
   });
 }
 
-ErrorCode launch_row_tangents_softmax(const RowsOfTangents& call, StreamHandle stream) {
+ErrorCode launch_row_tangents_softmax(const RowTangentsCall& call, StreamHandle stream) {
   return with_storage(call.storage, [&](auto type) {
     using T = type_of<decltype(type)>;
     const SoftmaxRows<T> f{input<T>(call.x), input<T>(call.normal), input<compute_t<T>>(call.of_row),
@@ -507,7 +507,7 @@ ErrorCode launch_row_tangents_softmax(const RowsOfTangents& call, StreamHandle s
   });
 }
 
-ErrorCode launch_row_tangents_softmax_bwd(const RowsOfTangents& call, StreamHandle stream) {
+ErrorCode launch_row_tangents_softmax_bwd(const RowTangentsCall& call, StreamHandle stream) {
   return with_storage(call.storage, [&](auto type) {
     using T = type_of<decltype(type)>;
     const SoftmaxBackwardRows<T> f{input<T>(call.g), input<T>(call.x), input<T>(call.normal), input<T>(call.grad),

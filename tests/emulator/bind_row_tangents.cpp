@@ -8,7 +8,7 @@ FASTFLAT_BIND(row_tangents, m) {
   // launch(op, storage, (K, R, D), option, addresses of the tensors in the order of the struct, stream)
   m.def("row_tangents", [](const std::string& op, int storage, int64_t K, int64_t R, int64_t D, bool option,
                            const py::list& tensors, Address stream) {
-    RowsOfTangents call{static_cast<Storage>(storage), K, R, D, option};
+    RowTangentsCall call{static_cast<Storage>(storage), K, R, D, option};
     const void** const inputs[] = {&call.x,    &call.g,      &call.along_weight, &call.along_bias, &call.normal,
                                    &call.grad, &call.weight, &call.of_row,       &call.mean,       &call.scale};
     void** const outputs[] = {&call.out, &call.new_mean, &call.new_scale};

@@ -59,10 +59,10 @@ def test_order_and_address_do_not_matter(emulated, name, shape):
 
 
 @pytest.mark.parametrize("name", cases.OPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bytes_moved(emulated, name, dtype):
     """Primal rows once for all tangents, tangents and results once; what is of a row or a channel stays in caches."""
-    k, r, d = 2, 256, 512 if dtype == torch.float64 else 1024
+    k, r, d = 2, 256, 1024
     data = cases.Problem((k, r, d), dtype)
     arguments = {
         "row_tangents_norm": (data.x, data.normal, data.inv, None, None, None, True),
