@@ -315,8 +315,8 @@ FASTFLAT_SHARED_CODE void shifted_row(const C* a, C shift, C by, C* out, int64_t
 
 // The terms that are there, in the same order.
 template <class C>
-FASTFLAT_SHARED_CODE void some_backward_row(const NormBackward<C>& f, const C* rh, const C* normal, const C* x, const C* h, C* out,
-                              int64_t n) {
+FASTFLAT_SHARED_CODE void some_backward_row(const NormBackward<C>& f, const C* rh, const C* normal, const C* x,
+                                            const C* h, C* out, int64_t n) {
   if (rh) {
     if (rh != out) std::memcpy(out, rh, n * sizeof(C));
     for (int64_t i = 0; i < n; ++i) out[i] = f.of_rh(out[i]);
