@@ -10,7 +10,7 @@
 
 namespace fastflat::cpu {
 
-// Rows that are walked at once: as many as stay in the first cache with all their tensors, by the shape alone.
+// Rows that are walked at once, by the shape alone: long runs of memory, while their primals stay in the caches.
 inline constexpr int64_t most_rows = 1024;
 inline int64_t rows_at_once(int64_t D) {
   return std::max<int64_t>(1, std::min<int64_t>(most_rows, 4096 / std::max<int64_t>(D, 1)));
