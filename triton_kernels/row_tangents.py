@@ -316,14 +316,23 @@ def _softmax_kernel(
 
 
 @triton.jit
-def _softmax_bwd_values(g, along, p, grad, base, at, inside, of_grad, of_along, of_g, G: tl.constexpr,
-                        ALONG: tl.constexpr):  # fmt: skip
+def _tangents(g, along, offsets, inside, p, G: tl.constexpr, ALONG: tl.constexpr):
+    """Of the incoming gradient and of the probabilities; p in the place of what is absent."""
+    of_g, of_along = p, p
+    if G:
+        of_g = _fetch(g, offsets, inside)
+    if ALONG:
+        of_along = _fetch(along, offsets, inside)
+    return of_g, of_along
+
+
+@triton.jit
+def _softmax_bwd_values(g, along, p, grad, of_grad, of_along, of_g, G: tl.constexpr, ALONG: tl.constexpr):
     v = p
     if ALONG:
-        v = _fetch(along, base + at, inside) * (grad - of_grad) - p * of_along
+        v = along * (grad - of_grad) - p * of_along
     if G:
-        by_g = p * (_fetch(g, base + at, inside) - of_g)
-        v = v + by_g if ALONG else by_g
+        v = v + p * (g - of_g) if ALONG else p * (g - of_g)
     return v
 
 
@@ -357,11 +366,12 @@ def _softmax_bwd_kernel(
         base = (k * R + rows) * D
         of_along, of_g = tl.zeros([ROWS, 1], C), tl.zeros([ROWS, 1], C)
         if RESIDENT:
+            values, moved = _tangents(g, along, base + at, inside, q, G, ALONG)
             if ALONG:
-                of_along = _total(_fetch(along, base + at, inside) * incoming).to(C)
+                of_along = _total(moved * incoming).to(C)
             if G:
-                of_g = _total(_fetch(g, base + at, inside) * q).to(C)
-            v = _softmax_bwd_values(g, along, q, incoming, base, at, inside, of_grad, of_along, of_g, G, ALONG)
+                of_g = _total(values * q).to(C)
+            v = _softmax_bwd_values(values, moved, q, incoming, of_grad, of_along, of_g, G, ALONG)
             _write(out, base + at, v, inside)
         else:
             by_along = tl.zeros([ROWS, BLOCK], tl.float64)
@@ -369,11 +379,12 @@ def _softmax_bwd_kernel(
             begin = D * 0
             while begin < D:
                 here = alive & (begin + at < D)
+                of_p, part = _fetch(p, rows * D + begin + at, here), _fetch(grad, rows * D + begin + at, here)
+                values, moved = _tangents(g, along, base + begin + at, here, of_p, G, ALONG)
                 if ALONG:
-                    part = _fetch(along, base + begin + at, here) * _fetch(grad, rows * D + begin + at, here)
-                    by_along += part.to(tl.float64)
+                    by_along += (moved * part).to(tl.float64)
                 if G:
-                    by_g += (_fetch(g, base + begin + at, here) * _fetch(p, rows * D + begin + at, here)).to(tl.float64)
+                    by_g += (values * of_p).to(tl.float64)
                 begin += BLOCK
             if ALONG:
                 of_along = _total(by_along).to(C)
@@ -383,7 +394,8 @@ def _softmax_bwd_kernel(
             while begin < D:
                 here = alive & (begin + at < D)
                 of_p, part = _fetch(p, rows * D + begin + at, here), _fetch(grad, rows * D + begin + at, here)
-                v = _softmax_bwd_values(g, along, of_p, part, base, begin + at, here, of_grad, of_along, of_g, G, ALONG)
+                values, moved = _tangents(g, along, base + begin + at, here, of_p, G, ALONG)
+                v = _softmax_bwd_values(values, moved, of_p, part, of_grad, of_along, of_g, G, ALONG)
                 _write(out, base + begin + at, v, here)
                 begin += BLOCK
         k += 1
