@@ -13,13 +13,14 @@ from .cases import (
     identity,
     mixquant,
     sharpness,
+    tangents,
     vectors,
 )
 from .peers import PEERS, Unsupported, prepare
 
 SIZES = (2**12, 2**16)
 CASES = [*fake_quantize.cases(SIZES, [torch.float32]), *identity.cases(SIZES, [torch.float32])]
-for module in (fake_quantize_list, general_quantize, mixquant, bitplane, vectors):
+for module in (fake_quantize_list, general_quantize, mixquant, bitplane, vectors, tangents):
     CASES += module.cases(SIZES, [torch.float32])
 for module in (sharpness, descent):
     CASES += module.cases(["small"])

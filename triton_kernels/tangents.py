@@ -71,7 +71,7 @@ def _factor(ptr, offsets, valid, channel, C: tl.constexpr, WHAT: tl.constexpr, M
 
 @triton.jit
 def _combine_tile(
-    out, t0, p0, t1, p1, f0, r0, f1, r1, shift, mask, offsets, n, channel, channels, k, until,
+    y_ptr, t0, p0, t1, p1, f0, r0, f1, r1, shift, mask, offsets, n, channel, channels, k, until,
     TERMS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, KIND: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     valid = offsets < n
@@ -117,19 +117,19 @@ def _combine_tile(
             v = v + tl.load(shift + number)
         if TERMS & 32:
             v = v * of_mask
-        store(out + row, offsets, v, valid, MASKED)
+        store(y_ptr + row, offsets, v, valid, MASKED)
         k += 1
 
 
 @triton.jit(do_not_specialize=["units", "count", "channels", "inner", "splits"])
 def _combine_kernel(
-    out, t0, p0, t1, p1, f0, r0, f1, r1, shift, mask, units, count, channels, inner, splits,
+    y_ptr, t0, p0, t1, p1, f0, r0, f1, r1, shift, mask, units, count, channels, inner, splits,
     TERMS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
     ONE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A tile of the primals and a share of the tangents. A primal has units * ALIGN elements, which tells the compiler
     where its accesses may be wide; with ONE a tile lies within a channel."""
-    C: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
+    C: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = program(WIDE)
     if WIDE:
         n = units.to(tl.int64) * ALIGN
@@ -145,10 +145,10 @@ def _combine_kernel(
     else:
         channel = offsets // inner % channels
     if start + BLOCK <= n:
-        _combine_tile(out, t0, p0, t1, p1, f0, r0, f1, r1, shift, mask, offsets, n, channel, channels, k, until,
+        _combine_tile(y_ptr, t0, p0, t1, p1, f0, r0, f1, r1, shift, mask, offsets, n, channel, channels, k, until,
                       TERMS, P0, P1, KIND, C, False)  # fmt: skip
     else:
-        _combine_tile(out, t0, p0, t1, p1, f0, r0, f1, r1, shift, mask, offsets, n, channel, channels, k, until,
+        _combine_tile(y_ptr, t0, p0, t1, p1, f0, r0, f1, r1, shift, mask, offsets, n, channel, channels, k, until,
                       TERMS, P0, P1, KIND, C, True)  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from . import (
     products,
     row_tangents,
     steps,
+    tangents,
     vectors,
 )
 
@@ -85,6 +86,7 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
         "compile": products.func_compiled,
         "finite-difference": products.finite_difference,
     },
+    "tangents": {"fastflat": tangents.ours, "eager": tangents.eager},
     "vectors": {"fastflat": vectors.ours, "matrices": vectors.matrices, "loop": vectors.loop},
     "row_tangents": {"fastflat": row_tangents.ours, "stock": row_tangents.stock},
     "identity": {"mul": floor.mul, "fastflat": ours.identity, "clone": floor.clone},

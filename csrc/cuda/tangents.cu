@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kCombineBlocks = 1024;  // fewer leave parts of a GPU idle: then blocks share out the tangents, too
 constexpr int64_t kLeastTangents = 4;     // of a block that shares them
 
+__device__ __forceinline__ int64_t elements(const Geometry& g) { return g.outer * g.channels * g.inner; }
+
 template <class C>
 __device__ __forceinline__ TangentFactors<C> factors_of(int kind, C p, C g) {
   switch (kind) {
@@ -49,7 +51,7 @@ __global__ void __launch_bounds__(kBlock, 2)
                    const C* r1, const C* shift, const T* mask, const C* first, const C* second, T* out, int kind,
                    Geometry g, int64_t count, int64_t splits, bool wide_primals, bool wide_tangents) {
   constexpr int N = kAccess / sizeof(T);
-  const int64_t n = g.numel(), tile = blockIdx.x / splits * (kBlock * N);
+  const int64_t n = elements(g), tile = blockIdx.x / splits * (kBlock * N);
   const int local = static_cast<int>(threadIdx.x) * N;
   const int64_t at = tile + local;
   if (at >= n) return;
@@ -177,7 +179,7 @@ __global__ void __launch_bounds__(kBlock, 2)
       const int64_t run = (row * g.channels + channel) * g.inner;
       const Range piece{run + skip, least(run + skip + p.chunk, run + g.inner)};
       for (int64_t at = (piece.begin / N + rank) * N; at < piece.end; at += static_cast<int64_t>(p.team) * N) {
-        walk_tangents<N, V>(a, g.numel(), k0, count, at, piece, [&](int v, int, C dot, C t) {
+        walk_tangents<N, V>(a, elements(g), k0, count, at, piece, [&](int v, int, C dot, C t) {
           sums.v[v] = sums.v[v] + dot;
           sums.v[V + v] = sums.v[V + v] + t;
         });
@@ -206,7 +208,7 @@ __global__ void __launch_bounds__(kBlock, 2)
   const int64_t column_blocks = ceil_div(p.width, kBlock * N), part = blockIdx.x / groups / column_blocks;
   const int64_t column = (blockIdx.x / groups % column_blocks * kBlock + static_cast<int>(threadIdx.x)) * N;
   if (column >= p.width) return;
-  const Range all{0, g.numel()};
+  const Range all{0, elements(g)};
   Pack<C, N> dot[V]{}, total[V]{};
   for (int64_t row = part * p.rows; row < (part + 1) * p.rows; ++row) {
     const int64_t at = row * p.width + column;
