@@ -95,6 +95,15 @@ struct TangentsLoops {
   const TangentLoops<double>& of(double) const { return doubles; }
 };
 
-FASTFLAT_LOOPS(TangentsLoops, tangents_loops)
+// Memory is their limit: wider vectors than those of AVX2 would add code and no speed.
+#if defined(__x86_64__) && defined(__GNUC__)
+extern const TangentsLoops tangents_loops_baseline, tangents_loops_avx2;
+inline const TangentsLoops& tangents_loops() {
+  return isa() == Isa::baseline ? tangents_loops_baseline : tangents_loops_avx2;
+}
+#else
+extern const TangentsLoops tangents_loops_baseline;
+inline const TangentsLoops& tangents_loops() { return tangents_loops_baseline; }
+#endif
 
 }  // namespace fastflat::cpu

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The loops of the tangents family, which the walks of tangents_walk.h call for each tile. Compiled once for each
-// instruction set (cpu/isa.h).
+// instruction set (cpu/isa.h) but AVX-512, which takes those of AVX2 (cpu/tangents.h).
+#ifndef FASTFLAT_ISA_AVX512
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -29,11 +30,11 @@ void multiply(C* out, const C* a, const C* b, int64_t n) {
   FASTFLAT_EACH(n) out[i] = a[i] * b[i];
 }
 template <class C>
-void add(C* out, const C* v, const C* a, int64_t n) {
+__attribute__((noinline)) void add(C* out, const C* v, const C* a, int64_t n) {
   FASTFLAT_EACH(n) out[i] = v[i] + a[i];
 }
 template <class C>
-void add_product(C* out, const C* v, const C* a, const C* b, int64_t n) {
+__attribute__((noinline)) void add_product(C* out, const C* v, const C* a, const C* b, int64_t n) {
   FASTFLAT_EACH(n) out[i] = v[i] + a[i] * b[i];
 }
 template <class C>
@@ -45,9 +46,7 @@ void add_products_to(C* out, const C* a, const C* b, const C* c, const C* d, con
   FASTFLAT_EACH(n) out[i] = (a[i] * b[i] + c[i] * d[i]) + v[i];
 }
 
-#if defined(FASTFLAT_ISA_AVX512)
-constexpr int vector_bytes = 64;
-#elif defined(FASTFLAT_ISA_AVX2)
+#if defined(FASTFLAT_ISA_AVX2)
 constexpr int vector_bytes = 32;
 #else
 constexpr int vector_bytes = 16;
@@ -139,16 +138,9 @@ void runs(const Geometry& g, const C* t, const C* p, int64_t column, int64_t n, 
 
 template <class C>
 void columns(C* sums, const C* t, int64_t of_t, const C* p, int64_t of_p, int64_t rows, int64_t n) {
-  for (; rows >= 2; rows -= 2, t += 2 * of_t) {
-    const C *const t1 = t + of_t, *const p1 = p ? p + of_p : nullptr;
-    if (p) {
-      FASTFLAT_EACH(n) sums[i] = (sums[i] + t[i] * p[i]) + t1[i] * p1[i];
-      p = p1 + of_p;
-    } else {
-      FASTFLAT_EACH(n) sums[i] = (sums[i] + t[i]) + t1[i];
-    }
+  for (int64_t r = 0; r < rows; ++r) {
+    p ? add_product(sums, sums, t + r * of_t, p + r * of_p, n) : add(sums, sums, t + r * of_t, n);
   }
-  if (rows) p ? add_product(sums, sums, t, p, n) : add(sums, sums, t, n);
 }
 
 template <class C>
@@ -168,7 +160,7 @@ __attribute__((noinline)) void form_factors(const Factors& factors, const C* p, 
 }
 
 template <class C>
-void vectors_of_factors(int kind, const C* p, const C* g, int64_t n, C* first, C* second) {
+__attribute__((noinline)) void vectors_of_factors(int kind, const C* p, const C* g, int64_t n, C* first, C* second) {
   switch (kind) {
     case sigmoid_output:
       return form_factors(SigmoidFactors{}, p, g, n, first, second);
@@ -217,3 +209,4 @@ const TangentsLoops FASTFLAT_TABLE(tangents_loops) = {
 }  // namespace fastflat::cpu
 
 #include "cpu/isa_end.h"
+#endif

@@ -65,6 +65,12 @@ void spread_columns(const Geometry& g, const C* p, int64_t column, int64_t n, C*
   }
 }
 
+// From here on nothing is walked element by element.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("O2")
+#endif
+
 // A tile of combine.
 struct CombineTile {
   int64_t at, column, columns, n;  // its first element and column; of the latter its whole width, of elements those left
@@ -359,3 +365,7 @@ void sums(const SumsCall& call, int64_t first, int64_t last, int64_t begin, int6
 
 }  // namespace
 }  // namespace fastflat::cpu
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
