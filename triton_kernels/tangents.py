@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._channels import place, tile_of
+from ._channels import tile_of
 from ._common import load, program, store
 from ._elementary import normal, sigmoid, tanh
 from ._launch import OPTIONS, Plan, Scales

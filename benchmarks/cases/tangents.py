@@ -56,7 +56,7 @@ class TangentsCase(Case):
 
 @dataclasses.dataclass(frozen=True)
 class TangentsData(Data):
-    """x holds the tangents, p and g primals, `gain` a number a channel, `slope` and `shift` one for each tangent, too."""
+    """x holds the tangents, p and g are primals; `gain` has a number a channel, `slope` and `shift` have K of them."""
 
     t1: Tensor
     p: Tensor

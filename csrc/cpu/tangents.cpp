@@ -50,9 +50,10 @@ void share(int64_t count, int64_t group, int64_t tiles, int64_t elements, const 
   torch::stable::parallel_for(0, groups * tiles, std::max<int64_t>(1, grain / of_unit), units);
 }
 
-__attribute__((noinline)) Tensor tangents_combine(const MaybeTensor& t0, const MaybeTensor& p0, const MaybeTensor& t1, const MaybeTensor& p1,
-                        const MaybeTensor& f0, const MaybeTensor& r0, const MaybeTensor& f1, const MaybeTensor& r1,
-                        const MaybeTensor& shift, const MaybeTensor& mask, int64_t kind) {
+__attribute__((noinline)) Tensor tangents_combine(const MaybeTensor& t0, const MaybeTensor& p0, const MaybeTensor& t1,
+                                                  const MaybeTensor& p1, const MaybeTensor& f0, const MaybeTensor& r0,
+                                                  const MaybeTensor& f1, const MaybeTensor& r1,
+                                                  const MaybeTensor& shift, const MaybeTensor& mask, int64_t kind) {
   MaybeTensor result;
   const CombineTraits traits =
       check_combine("tangents_combine", {t0, p0, t1, p1, f0, r0, f1, r1, shift, mask}, kind, &result);
@@ -96,8 +97,9 @@ void put(const std::vector<double>& from, Tensor& to) {
   }
 }
 
-__attribute__((noinline)) std::tuple<Tensor, Tensor, Tensor> tangents_sums(const Tensor& t0, const MaybeTensor& p0, const MaybeTensor& t1,
-                                                 const MaybeTensor& p1, const MaybeTensor& mask, bool total) {
+__attribute__((noinline)) std::tuple<Tensor, Tensor, Tensor> tangents_sums(const Tensor& t0, const MaybeTensor& p0,
+                                                                           const MaybeTensor& t1, const MaybeTensor& p1,
+                                                                           const MaybeTensor& mask, bool total) {
   const SumsTensors tensors{t0, p0, t1, p1, mask};
   const SumsTraits traits = check_sums("tangents_sums", tensors);
   auto results = sums_results(tensors, traits, total);
@@ -131,13 +133,12 @@ __attribute__((noinline)) std::tuple<Tensor, Tensor, Tensor> tangents_sums(const
       if (own.empty()) return static_cast<double*>(nullptr);
       return (piece == 0 ? own.data() : more.data() + (piece - 1) * numbers) + first * channels;
     };
-    share(call.count, group_size, pieces, call.tiles.n,
-          [&](int64_t first, int64_t last, int64_t begin, int64_t end) {
-            for (int64_t piece = begin; piece < end; ++piece) {
-              loop(call, first, last, piece * size, std::min(tiles, (piece + 1) * size),
-                   place(of_dots, more_dots, piece, first), place(of_totals, more_totals, piece, first));
-            }
-          });
+    share(call.count, group_size, pieces, call.tiles.n, [&](int64_t first, int64_t last, int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece) {
+        loop(call, first, last, piece * size, std::min(tiles, (piece + 1) * size),
+             place(of_dots, more_dots, piece, first), place(of_totals, more_totals, piece, first));
+      }
+    });
     const auto gather = [&](std::vector<double>& own, const std::vector<double>& more) {
       for (size_t i = 0; i < more.size(); ++i) own[i % numbers] += more[i];
     };

@@ -14,9 +14,9 @@ namespace fastflat::cpu {
 
 // The elements as rows of whole periods of channels * inner, and rows as tiles: by the shape alone.
 struct TangentTiles {
-  int64_t n, row, rows;   // elements, those of a row (of the last one maybe fewer), and how many rows there are
-  int64_t size, across;   // of a row's tiles: most columns of one, and how many there are
-  int64_t deep;           // rows of a tile
+  int64_t n, row, rows;  // elements, those of a row (of the last one maybe fewer), and how many rows there are
+  int64_t size, across;  // of a row's tiles: most columns of one, and how many there are
+  int64_t deep;          // rows of a tile
 
   TangentTiles() = default;
   // `most`: elements of a tile; `columns`: most columns of one of several rows.
@@ -71,8 +71,8 @@ template <class C>
 struct TangentLoops {
   void (*multiply)(C* out, const C* a, const C* b, int64_t n);
   void (*add)(C* out, const C* v, const C* a, int64_t n);
-  void (*add_product)(C* out, const C* v, const C* a, const C* b, int64_t n);                   // v + a b
-  void (*add_products)(C* out, const C* a, const C* b, const C* c, const C* d, int64_t n);      // a b + c d
+  void (*add_product)(C* out, const C* v, const C* a, const C* b, int64_t n);               // v + a b
+  void (*add_products)(C* out, const C* a, const C* b, const C* c, const C* d, int64_t n);  // a b + c d
   // a b + c d + v
   void (*add_products_to)(C* out, const C* a, const C* b, const C* c, const C* d, const C* v, int64_t n);
   void (*factors)(int kind, const C* p, const C* g, int64_t n, C* first, C* second);  // room for whole vectors

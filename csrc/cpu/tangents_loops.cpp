@@ -150,7 +150,8 @@ void widen_sums(const C* v, int64_t n, double* sums) {
 
 // n is a multiple of a vector's numbers, and the compiler knows: the functor is compiled once.
 template <class C, class Factors>
-__attribute__((noinline)) void form_factors(const Factors& factors, const C* p, const C* g, int64_t n, C* first, C* second) {
+__attribute__((noinline)) void form_factors(const Factors& factors, const C* p, const C* g, int64_t n, C* first,
+                                            C* second) {
   n &= -static_cast<int64_t>(vector_bytes / sizeof(C));
   FASTFLAT_EACH(n) {
     const TangentFactors<C> f = factors(p[i], g[i]);
@@ -193,9 +194,16 @@ void activation_factors(int kind, const C* p, const C* g, int64_t n, C* first, C
 }  // namespace
 }  // namespace FASTFLAT_ISA
 
-#define FASTFLAT_LOOPS_OF(C)                                                                              \
-  {FASTFLAT_ISA::multiply<C>, FASTFLAT_ISA::add<C>,     FASTFLAT_ISA::add_product<C>, FASTFLAT_ISA::add_products<C>, FASTFLAT_ISA::add_products_to<C>, \
-   FASTFLAT_ISA::activation_factors<C>, FASTFLAT_ISA::runs<C>, FASTFLAT_ISA::columns<C>, FASTFLAT_ISA::widen_sums<C>}
+#define FASTFLAT_LOOPS_OF(C)            \
+  {FASTFLAT_ISA::multiply<C>,           \
+   FASTFLAT_ISA::add<C>,                \
+   FASTFLAT_ISA::add_product<C>,        \
+   FASTFLAT_ISA::add_products<C>,       \
+   FASTFLAT_ISA::add_products_to<C>,    \
+   FASTFLAT_ISA::activation_factors<C>, \
+   FASTFLAT_ISA::runs<C>,               \
+   FASTFLAT_ISA::columns<C>,            \
+   FASTFLAT_ISA::widen_sums<C>}
 
 const TangentsLoops FASTFLAT_TABLE(tangents_loops) = {
     FASTFLAT_LOOPS_OF(float),

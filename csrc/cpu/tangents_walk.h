@@ -73,7 +73,8 @@ void spread_columns(const Geometry& g, const C* p, int64_t column, int64_t n, C*
 
 // A tile of combine.
 struct CombineTile {
-  int64_t at, column, columns, n;  // its first element and column; of the latter its whole width, of elements those left
+  int64_t at, column, columns,
+      n;  // its first element and column; of the latter its whole width, of elements those left
 
   CombineTile() = default;
   CombineTile(const CombineCall& call, int64_t number) {
@@ -310,7 +311,7 @@ void sums(const SumsCall& call, int64_t first, int64_t last, int64_t begin, int6
   std::vector<C> buffers(direct ? 0 : 3 * room + 3 * of_rows), columns(short_ ? 2 * tiles.size : 0);
   C* const buffer = buffers.data();
   C *const of_t0 = buffer + (direct ? 0 : 3 * room), *const of_t1 = of_t0 + (direct ? 0 : of_rows);
-  C *const mapped = of_t1 + (direct ? 0 : of_rows);
+  C* const mapped = of_t1 + (direct ? 0 : of_rows);
   C *const dot = columns.data(), *const total = dot + (short_ ? tiles.size : 0);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t column = tile % tiles.across * tiles.size, row = tile / tiles.across * tiles.deep;

@@ -262,10 +262,10 @@ cudaError_t launch_sums(const SumsCall& call, const ReducePlan& p, C* dots, C* t
   for (const void* tangent : {call.t0, call.t1, static_cast<const void*>(call.mask ? call.mapped : nullptr)}) {
     wide_tangents &= on_packs<T>(tangent, g.numel(), call.count);
   }
-  const SumsArguments<T> a{input<T>(call.t0),     input<T>(call.p0), input<T>(call.t1), input<T>(call.p1),
-                           input<T>(call.mask),   output<T>(call.mapped), wide_primals, wide_tangents};
-  const int64_t units = p.columns ? p.parts * ceil_div(p.width, kBlock * N)
-                                  : ceil_div(g.channels * p.parts, kBlock / p.team);
+  const SumsArguments<T> a{input<T>(call.t0),   input<T>(call.p0),      input<T>(call.t1), input<T>(call.p1),
+                           input<T>(call.mask), output<T>(call.mapped), wide_primals,      wide_tangents};
+  const int64_t units =
+      p.columns ? p.parts * ceil_div(p.width, kBlock * N) : ceil_div(g.channels * p.parts, kBlock / p.team);
   const auto kernel = p.columns ? sums_of_columns_kernel<T, V> : sums_of_runs_kernel<T, V>;
   return launch(kernel, units * ceil_div(call.count, V), kBlock, stream, a, g, p, call.count, dots, totals);
 }

@@ -16,7 +16,16 @@ struct TangentFactors {
 };
 
 // Numbers in the schemas of the ops; `given` factors come as they are.
-enum Activation : int { given, sigmoid_output, tanh_output, silu_input, gelu_input, gelu_tanh_input, relu, activations };
+enum Activation : int {
+  given,
+  sigmoid_output,
+  tanh_output,
+  silu_input,
+  gelu_input,
+  gelu_tanh_input,
+  relu,
+  activations
+};
 
 // Beyond `most` phi' and phi'' g are at their limits in both types; infinity would give 0 inf.
 template <class C>

@@ -55,11 +55,14 @@ ROWS = (
 
         1 sigmoid, y = phi: ``y (1 - y)``, ``g (1 - (y + y))``
         2 tanh, y = phi: ``1 - y y``, ``(-2 g) y``
-        3 silu, s = sigmoid(z), w = 1 - s: ``s (1 + z w)``, ``((s w) (2 + z (1 - (s + s)))) g``, |z| held at 1000 as in 4 and 5
+        3 silu, s = sigmoid(z), w = 1 - s: ``s (1 + z w)``, ``((s w) (2 + z (1 - (s + s)))) g``
         4 gelu, Phi and n the normal distribution and density: ``Phi + z n``, ``(n (2 - z z)) g``
-        5 gelu by tanh, t = tanh(u), u = c (z + 0.044715 z^3), q = 1 - t t: ``(1 + t) / 2 + ((z / 2) q) u'``, ``(q u' +
-        (z / 2) (q u'' - ((2 t) q) (u' u'))) g``
+        5 gelu by tanh, t = tanh(u), u = c (z + 0.044715 z^3), c = sqrt(2 / pi), q = 1 - t t, h = z / 2: ``(1 + t) / 2 +
+        (h q) u'``, ``(q u' + h (q u'' - ((2 t) q) (u' u'))) g``
         6 relu: ``p <= 0 ? 0 : 1`` (NaN passes); no t1
+
+        3, 4 and 5 take z held within +-1000, where all is at its limit, so that infinity gives the limit, too. Phi and
+        tanh err by less than 2^-21.9 (fp64: 2^-51) absolutely.
 
         Source: R-operator, Pearlmutter 1994.""",
     ),

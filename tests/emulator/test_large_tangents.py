@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tangents kernels on more than 2^31 elements, as in :mod:`test_large`: the far end must be what it is by itself."""
+"""The tangents kernels on more than 2^31 elements, as in :mod:`test_large`: the far end is what it is by itself."""
 
 import pytest
 import torch
