@@ -13,8 +13,8 @@ from ._common import load, program, store
 from ._elementary import normal, sigmoid, tanh
 from ._launch import OPTIONS, Plan, Scales
 
-#: Tangents whose sums a program forms at once.
-_VECTORS = 4
+#: Tangents whose sums a program forms at once, by the bytes of an element: those of a pack fit the registers.
+_VECTORS = {2: 2, 4: 4, 8: 4}
 #: Programs to aim at where a primal is short, and least tangents of each.
 _PROGRAMS, _LEAST = 1024, 4
 
@@ -259,7 +259,7 @@ def tangents_sums(
     wanted = (p0 is not None, total)
     if not t0.numel():
         return mapped, *(t0.new_zeros((count, channels) if w else 0, dtype=wide) for w in wanted)
-    vectors = 1 if count == 1 else _VECTORS
+    vectors = 1 if count == 1 else _VECTORS[t0.element_size()]
     scales = Scales(1, 1, outer * inner) if channels == 1 else Scales(outer, channels, inner)
     plan = Plan.of(scales, _launch.vector(t0), _launch.block(t0) // vectors)
     partials = [t0.new_empty((count, plan.partials) if w else 0, dtype=wide) for w in wanted]
