@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 #include "cpu/tangents.h"
 #include "math/tangents.h"
@@ -105,7 +105,7 @@ struct Coefficients {
   const void* from[most];
   int64_t first, held;
   int64_t key = -1, column = 0, n = 0;
-  std::vector<C> kept;
+  std::unique_ptr<C[]> kept;
   alignas(64) C fresh[most][combine_tile];
   alignas(64) C of_channel[2][combine_tile];
 
@@ -114,7 +114,7 @@ struct Coefficients {
         from{call.r0, call.r1, call.shift},
         first(first_),
         held(std::min(held_tangents, last - first_)),
-        kept((call.r0 || call.r1 || call.shift) && !in_place() ? held * most * combine_tile : 0) {}
+        kept((call.r0 || call.r1 || call.shift) && !in_place() ? new C[held * most * combine_tile] : nullptr) {}
 
   // Numbers of neighbouring channels lie as the tile's elements do.
   bool in_place() const { return g.inner == 1 && g.channels > combine_tile; }
@@ -129,7 +129,7 @@ struct Coefficients {
     if (call.second_of_channel) spread_columns(g, static_cast<const C*>(call.p1), column, n, of_channel[1]);
     for (int64_t k = 0; k < held; ++k) {
       for (int which = 0; which < most; ++which) {
-        if (from[which]) form(first + k, which, kept.data() + (k * most + which) * combine_tile);
+        if (from[which]) form(first + k, which, kept.get() + (k * most + which) * combine_tile);
       }
     }
   }
@@ -141,7 +141,7 @@ struct Coefficients {
   const C* of(int64_t k, int which, const CombineTile& tile) {
     if (!from[which]) return nullptr;
     if (in_place()) return static_cast<const C*>(from[which]) + k * g.channels + tile.column;
-    if (k - first < held) return kept.data() + ((k - first) * most + which) * combine_tile;
+    if (k - first < held) return kept.get() + ((k - first) * most + which) * combine_tile;
     form(k, which, fresh[which]);
     return fresh[which];
   }
@@ -215,7 +215,8 @@ template <class C>
 void combine(const CombineCall& call, int64_t first, int64_t last, int64_t begin, int64_t end) {
   alignas(64) C of_t0[combine_tile], of_t1[combine_tile], sum[combine_tile];
   alignas(64) uint16_t narrowed[combine_tile];
-  std::vector<SharedTile<C>> shared(tiles_at_once);
+  // Not cleared: calls may be short.
+  const std::unique_ptr<SharedTile<C>[]> shared(new SharedTile<C>[std::min<int64_t>(tiles_at_once, end - begin)]);
   Coefficients<C> coefficients(call, first, last);
   const Storage storage = call.storage;
   const bool direct = storage == f32 || storage == f64;
@@ -308,11 +309,12 @@ void sums(const SumsCall& call, int64_t first, int64_t last, int64_t begin, int6
   const Storage storage = call.storage;
   const bool direct = storage == f32 || storage == f64, short_ = g.inner < short_runs;
   const int64_t room = tiles.size * tiles.deep, of_rows = short_ ? sums_rows * tiles.size : tiles.size;
-  std::vector<C> buffers(direct ? 0 : 3 * room + 3 * of_rows), columns(short_ ? 2 * tiles.size : 0);
-  C* const buffer = buffers.data();
+  const std::unique_ptr<C[]> buffers(direct ? nullptr : new C[3 * room + 3 * of_rows]);
+  const std::unique_ptr<C[]> columns(short_ ? new C[2 * tiles.size] : nullptr);
+  C* const buffer = buffers.get();
   C *const of_t0 = buffer + (direct ? 0 : 3 * room), *const of_t1 = of_t0 + (direct ? 0 : of_rows);
   C* const mapped = of_t1 + (direct ? 0 : of_rows);
-  C *const dot = columns.data(), *const total = dot + (short_ ? tiles.size : 0);
+  C *const dot = columns.get(), *const total = dot + (short_ ? tiles.size : 0);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t column = tile % tiles.across * tiles.size, row = tile / tiles.across * tiles.deep;
     const int64_t at = row * tiles.row + column;
