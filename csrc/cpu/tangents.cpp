@@ -23,8 +23,6 @@ namespace {
 constexpr int64_t grain = 32768;
 // Tangents of a group: groups are shared out among threads too.
 constexpr int64_t group_size = 16;
-// Bytes of a result that a core and its share of the caches do not hold.
-constexpr int64_t beyond_caches = int64_t{32} << 20;
 // Numbers of all pieces of the sums together, and pieces, at most.
 constexpr int64_t most_numbers = int64_t{1} << 20, most_pieces = 256;
 
@@ -78,7 +76,6 @@ __attribute__((noinline)) Tensor tangents_combine(const MaybeTensor& t0, const M
   call.count = traits.count;
   call.geometry = simplest(traits.geometry, r0 || r1 || shift || call.first_of_channel || call.second_of_channel);
   call.tiles = TangentTiles(call.geometry, combine_tile, combine_tile);
-  call.past_caches = out.numel() * storage_bytes(call.storage) >= beyond_caches;
   call.by_rows = call.geometry.inner == 1 || call.geometry.inner >= combine_tile;
   const int64_t tiles = call.tiles.across * call.tiles.rows;
   const auto loop = call.storage == f64 ? combine<double> : combine<float>;

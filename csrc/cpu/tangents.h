@@ -47,8 +47,7 @@ struct CombineCall {
   int64_t count;  // K
   Geometry geometry;
   TangentTiles tiles;
-  bool past_caches;  // how the result is written
-  bool by_rows;      // tiles are numbered along rows, else along columns, whose coefficients are the same
+  bool by_rows;  // tiles are numbered along rows, else along columns, whose coefficients are the same
 };
 
 // Runs of fewer elements are summed as columns, a few rows at a time.
@@ -88,8 +87,6 @@ struct TangentsLoops {
   TangentLoops<double> doubles;
   void (*widen[2])(const void* from, int64_t n, float* to);  // from bf16 and fp16
   void (*narrow[2])(const float* from, int64_t n, void* to);
-  void (*copy_past_caches)(void* to, const void* from, int64_t bytes);
-  void (*settle)();  // after such copies
 
   const TangentLoops<float>& of(float) const { return singles; }
   const TangentLoops<double>& of(double) const { return doubles; }

@@ -6,10 +6,6 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
-
 #include "cpu/tangents.h"
 
 #include "cpu/isa_begin.h"
@@ -19,8 +15,6 @@
 namespace fastflat::cpu {
 namespace FASTFLAT_ISA {
 namespace {
-
-#include "cpu/past_caches.h"
 
 // What is written may be what is read, element by element.
 #define FASTFLAT_EACH(n) _Pragma("GCC ivdep") for (int64_t i = 0; i < (n); ++i)
@@ -210,8 +204,6 @@ const TangentsLoops FASTFLAT_TABLE(tangents_loops) = {
     FASTFLAT_LOOPS_OF(double),
     {FASTFLAT_ISA::widen<BFloat16>, FASTFLAT_ISA::widen<Half>},
     {FASTFLAT_ISA::narrow<BFloat16>, FASTFLAT_ISA::narrow<Half>},
-    FASTFLAT_ISA::copy_past_caches,
-    FASTFLAT_ISA::settle,
 };
 
 }  // namespace fastflat::cpu

@@ -94,7 +94,7 @@ struct CombineTile {
 };
 
 constexpr int64_t held_tangents = 16;  // of which the spread coefficients of a tile are kept
-constexpr int tiles_at_once = 4;       // tangents are read and written in longer stretches than a tile
+constexpr int tiles_at_once = 8;       // tangents are read and written in longer stretches than a tile
 
 // The coefficients of tiles, one an element; spread anew only where they are others than those of the last tile.
 template <class C>
@@ -214,12 +214,10 @@ void sum_terms(const Term<C>* terms, int count, const C* mask, int64_t n, C* out
 template <class C>
 void combine(const CombineCall& call, int64_t first, int64_t last, int64_t begin, int64_t end) {
   alignas(64) C of_t0[combine_tile], of_t1[combine_tile], sum[combine_tile];
-  alignas(64) uint16_t narrowed[combine_tile];
   // Not cleared: calls may be short.
   const std::unique_ptr<SharedTile<C>[]> shared(new SharedTile<C>[std::min<int64_t>(tiles_at_once, end - begin)]);
   Coefficients<C> coefficients(call, first, last);
   const Storage storage = call.storage;
-  const bool direct = storage == f32 || storage == f64;
   for (int64_t number = begin; number < end;) {
     const CombineTile leader(call, number);
     coefficients.move(call, leader);
@@ -244,20 +242,12 @@ void combine(const CombineCall& call, int64_t first, int64_t last, int64_t begin
         add_term(own.f0, coefficients.of(k, 0, own.tile));
         add_term(own.f1, coefficients.of(k, 1, own.tile));
         add_term(nullptr, coefficients.of(k, 2, own.tile));
-        C* const out = call.past_caches ? sum : target(storage, call.out, place, sum);
+        C* const out = target(storage, call.out, place, sum);
         sum_terms(terms, used, own.mask, n, out);
-        if (call.past_caches) {
-          deliver(storage, out, n, narrowed, 0);
-          const void* const from = direct ? static_cast<const void*>(out) : narrowed;
-          const int64_t size = storage_bytes(storage);
-          tangents_loops().copy_past_caches(static_cast<char*>(call.out) + place * size, from, n * size);
-        } else {
-          deliver(storage, out, n, call.out, place);
-        }
+        deliver(storage, out, n, call.out, place);
       }
     }
   }
-  if (call.past_caches) tangents_loops().settle();
 }
 
 // An element-wise primal of a tile: in its place, or its rows behind one another in a buffer.
