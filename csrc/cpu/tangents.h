@@ -92,15 +92,23 @@ struct TangentsLoops {
   const TangentLoops<double>& of(double) const { return doubles; }
 };
 
-// Memory is their limit: wider vectors than those of AVX2 would add code and no speed.
+using TangentFactorsLoop = void (*)(int kind, const float* p, const float* g, int64_t n, float* first, float* second);
+
+// Memory is their limit, wider vectors than those of AVX2 would add code and no speed: but for the factors.
 #if defined(__x86_64__) && defined(__GNUC__)
 extern const TangentsLoops tangents_loops_baseline, tangents_loops_avx2;
+extern const TangentFactorsLoop tangents_factors_avx512;
 inline const TangentsLoops& tangents_loops() {
   return isa() == Isa::baseline ? tangents_loops_baseline : tangents_loops_avx2;
+}
+inline TangentFactorsLoop tangents_factors(float) {
+  return isa() == Isa::avx512 ? tangents_factors_avx512 : tangents_loops().singles.factors;
 }
 #else
 extern const TangentsLoops tangents_loops_baseline;
 inline const TangentsLoops& tangents_loops() { return tangents_loops_baseline; }
+inline TangentFactorsLoop tangents_factors(float) { return tangents_loops().singles.factors; }
 #endif
+inline auto tangents_factors(double) { return tangents_loops().doubles.factors; }
 
 }  // namespace fastflat::cpu

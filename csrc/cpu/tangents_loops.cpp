@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The loops of the tangents family, which the walks of tangents_walk.h call for each tile. Compiled once for each
-// instruction set (cpu/isa.h) but AVX-512, which takes those of AVX2 (cpu/tangents.h).
-#ifndef FASTFLAT_ISA_AVX512
+// instruction set (cpu/isa.h) but AVX-512, which has the factors of
+// activations alone and else takes what AVX2 has (cpu/tangents.h).
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -18,6 +18,8 @@ namespace {
 
 // What is written may be what is read, element by element.
 #define FASTFLAT_EACH(n) _Pragma("GCC ivdep") for (int64_t i = 0; i < (n); ++i)
+
+#ifndef FASTFLAT_ISA_AVX512
 
 template <class C>
 void multiply(C* out, const C* a, const C* b, int64_t n) {
@@ -40,11 +42,17 @@ void add_products_to(C* out, const C* a, const C* b, const C* c, const C* d, con
   FASTFLAT_EACH(n) out[i] = (a[i] * b[i] + c[i] * d[i]) + v[i];
 }
 
-#if defined(FASTFLAT_ISA_AVX2)
+#endif
+
+#if defined(FASTFLAT_ISA_AVX512)
+constexpr int vector_bytes = 64;
+#elif defined(FASTFLAT_ISA_AVX2)
 constexpr int vector_bytes = 32;
 #else
 constexpr int vector_bytes = 16;
 #endif
+
+#ifndef FASTFLAT_ISA_AVX512
 
 // What follows takes whole vectors, so that its code is there once; the last elements pass through a padded one.
 template <class From, class To, class Convert>
@@ -142,6 +150,8 @@ void widen_sums(const C* v, int64_t n, double* sums) {
   for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(v[i]);
 }
 
+#endif
+
 // n is a multiple of a vector's numbers, and the compiler knows: the functor is compiled once.
 template <class C, class Factors>
 __attribute__((noinline)) void form_factors(const Factors& factors, const C* p, const C* g, int64_t n, C* first,
@@ -188,6 +198,9 @@ void activation_factors(int kind, const C* p, const C* g, int64_t n, C* first, C
 }  // namespace
 }  // namespace FASTFLAT_ISA
 
+#ifdef FASTFLAT_ISA_AVX512
+const TangentFactorsLoop tangents_factors_avx512 = avx512::activation_factors<float>;
+#else
 #define FASTFLAT_LOOPS_OF(C)            \
   {FASTFLAT_ISA::multiply<C>,           \
    FASTFLAT_ISA::add<C>,                \
@@ -205,8 +218,8 @@ const TangentsLoops FASTFLAT_TABLE(tangents_loops) = {
     {FASTFLAT_ISA::widen<BFloat16>, FASTFLAT_ISA::widen<Half>},
     {FASTFLAT_ISA::narrow<BFloat16>, FASTFLAT_ISA::narrow<Half>},
 };
+#endif
 
 }  // namespace fastflat::cpu
 
 #include "cpu/isa_end.h"
-#endif

@@ -170,7 +170,7 @@ struct SharedTile {
     f1 = get(call.f1, 3);
     mask = get(call.mask, 4);
     if (call.kind == given) return;
-    tangents_loops().of(C()).factors(call.kind, a0, a1 ? a1 : a0, tile.n, buffer[0], buffer[1]);
+    tangents_factors(C())(call.kind, a0, a1 ? a1 : a0, tile.n, buffer[0], buffer[1]);
     a0 = buffer[0];
     a1 = buffer[1];
   }
