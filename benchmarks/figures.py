@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and the figure of README and docs, drawn from committed results: of fake_quantize over its sizes, of the other
-families at their largest, of the optimizers' steps.
+families at their largest, of the optimizers' steps, of products with curvature matrices.
 
 python -m fastflat.benchmarks.figures README.md benchmarks/results/{quantize.json,families.json,quantize.svg}
 python -m fastflat.benchmarks.figures docs/sharpness.md benchmarks/results/sharpness.json
+python -m fastflat.benchmarks.figures docs/curvature.md benchmarks/results/curvature.json
 """
 
 from __future__ import annotations
@@ -115,6 +116,41 @@ def steps(result: dict[str, Any]) -> str:
     return "\n".join([machine_line, "", *lines, "", beside]).rstrip()
 
 
+#: Peers of the curvature table.
+PRODUCT_WORDS = {
+    "double-backward": "double backward",
+    "pyhessian": "PyHessian",
+    "curvlinops": "curvlinops",
+    "func-vmap": "vmap(jvp(grad))",
+    "func-compile": "the same compiled",
+    "fastflat-bf16": "fastflat, bf16 tangents",
+}
+_MATRICES = {"hessian": "H V", "ggn": "G V", "forms": "v' H v"}
+
+
+def curvature(result: dict[str, Any]) -> str:
+    """Products of several vectors on one thread: milliseconds a vector, in gradients of the same batch too, how many
+    times longer the others take, fastflat's error against fp64 and its peak memory in that of a gradient."""
+    grouped: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["threads"] == 1 and row["k"] > 1:
+            key = tuple(row[f] for f in ("mode", "network", "quantized", "parameters", "k"))
+            grouped.setdefault(key, {})[row["peer"]] = row
+    peers = {p: w for p, w in PRODUCT_WORDS.items() if any("seconds" in by.get(p, {}) for by in grouped.values())}
+    head = ["", "network", "parameters", "K", "fastflat", "in gradients", *peers.values(), "error", "peak memory"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (mode, network, quantized, parameters, k), by_peer in grouped.items():
+        ours = by_peer["fastflat"]
+        cells = [_MATRICES[mode], f"{network}{', 4 bits' if quantized else ''}", f"{parameters:,}", f"{k}"]
+        cells += [f"{ours['seconds'] / k * 1e3:.1f} ms", f"{ours['gradients']:.2f}"]
+        for peer in peers:
+            seconds = by_peer.get(peer, {}).get("seconds")
+            cells.append("-" if seconds is None else f"{seconds / ours['seconds']:.2f} x")
+        cells += [f"{ours['error']:.0e}", f"{ours['peak_bytes'] / ours['gradient_peak_bytes']:.1f} x"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([f"Machine: {machine.line(result['machine'])}.", "", *lines])
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Time of a forward and backward pass in copies of the tensor, by size, one line for each peer."""
     import matplotlib
@@ -158,7 +194,8 @@ def main(page: str, first: str, others: str = "", figure: str = "") -> None:
         text = insert(target.read_text(), "quantize", first, markdown(result))
         text = insert(text, "families", others, families(report.read(Path(others))))
     else:
-        text = insert(target.read_text(), "sharpness", first, steps(result))
+        name, table = ("curvature", curvature) if result["rows"][0]["family"] == "curvature" else ("sharpness", steps)
+        text = insert(target.read_text(), name, first, table(result))
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     part.write_text(text)
     part.replace(target)

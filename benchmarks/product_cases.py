@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""K products with a network's Hessian or Gauss-Newton matrix at one batch, in fp32, from nothing: linearisation and
-graphs are part of the call.
+"""K products with a network's Hessian or Gauss-Newton matrix at one batch, or quadratic forms, in fp32, from nothing:
+linearisation and graphs are part of the call.
 
 Networks are in eval mode (batch norm with its running statistics), plain or with quantizers of 4 bits for weights and
 activations.
@@ -35,7 +35,8 @@ NETWORKS: dict[str, Network] = {
     "transformer": Network(networks.Transformer, (8, 64, 128)),
     "resnet18": Network(networks.SmallResNet18, (8, 3, 32, 32)),
 }
-MODES = ("hessian", "ggn")
+#: Products with the Hessian or the Gauss-Newton matrix; ``v^T H v``, of which a trace is the mean.
+MODES = ("hessian", "ggn", "forms")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ def exact(data: ProductData) -> Tensor:
         data.case, copy.deepcopy(data.model).double(), data.x.double() if data.x.is_floating_point() else data.x,
         data.y, data.v.double(),
     )  # fmt: skip
-    make = products.double_backward if data.case.mode == "hessian" else products.func_vmap
+    make = products.func_vmap if data.case.mode == "ggn" else products.double_backward
     return make(wide)()
 
 

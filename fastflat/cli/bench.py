@@ -260,7 +260,7 @@ def sharpness(**options: Any) -> None:
     help="Of mlp, convnet, small, transformer, resnet18.",
 )  # fmt: skip
 @click.option("--forms", default="plain,quantized", show_default=True, help="Of plain, quantized (4 bits).")
-@click.option("--matrices", default="hessian,ggn", show_default=True, help="Of hessian, ggn.")
+@click.option("--matrices", default="hessian,ggn,forms", show_default=True, help="Of hessian, ggn, forms (v^T H v).")
 @click.option("--k", "counts", default="1,8", show_default=True, help="Numbers of vectors at once.")
 @click.option("--peers", help="Who computes. [default: all]")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")

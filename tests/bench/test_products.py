@@ -28,14 +28,14 @@ def cases(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("mode", ["hessian", "ggn"])
+@pytest.mark.parametrize("mode", ["hessian", "ggn", "forms"])
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("network", ["convnet", "transformer", "mlp"])
 def test_peers_compute_the_same(benchmarks, cases, network, quantized, mode):
     products = bench.package("products")
     data = cases.ProductCase(network, quantized, 3, mode).data(CPU)
     wanted = products.exact(data)
-    assert wanted.shape == data.v.shape
+    assert wanted.shape == ((1, 1) if mode == "forms" else data.v.shape)
     # In float32 a quantizer may round otherwise than in float64.
     tolerance = 0.2 if quantized else 1e-4
     found = 0
@@ -58,7 +58,7 @@ def test_command_writes_every_row(capsys, tmp_path, monkeypatch, benchmarks, cas
         cli.main(["bench", "curvature", *names, "--json", str(target)])
     assert not end.value.code
     rows = json.loads(target.read_text())["rows"]
-    assert len(rows) == 2 * 2 * 2 * 2
+    assert len(rows) == 3 * 2 * 2 * 2
     for row in rows:
         assert ("unsupported" in row) == (row["peer"] == "double-backward" and row["mode"] == "ggn")
         if "seconds" in row:
@@ -74,7 +74,7 @@ def test_command_writes_every_row(capsys, tmp_path, monkeypatch, benchmarks, cas
     [
         (("--networks", "vgg"), "--networks must be of mlp, convnet, small, transformer, resnet18, got 'vgg'"),
         (("--forms", "pruned"), "--forms must be of plain, quantized, got 'pruned'"),
-        (("--matrices", "fisher"), "--matrices must be of hessian, ggn, got 'fisher'"),
+        (("--matrices", "fisher"), "--matrices must be of hessian, ggn, forms, got 'fisher'"),
         (("--k", "0"), "--k must be numbers from 1 to 1024, got '0'"),
     ],
 )

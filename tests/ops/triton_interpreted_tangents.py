@@ -3,6 +3,7 @@
 Not collected by itself: test_triton_interpreter.py runs it in a process of its own."""
 
 import pytest
+import torch
 
 from fastflat.backends import reference
 from fastflat.triton_kernels import tangents
