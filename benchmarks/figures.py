@@ -122,7 +122,7 @@ PRODUCT_WORDS = {
     "pyhessian": "PyHessian",
     "curvlinops": "curvlinops",
     "func-vmap": "vmap(jvp(grad))",
-    "func-compile": "the same compiled",
+    "compile": "the same compiled",
     "fastflat-bf16": "fastflat, bf16 tangents",
 }
 _MATRICES = {"hessian": "H V", "ggn": "G V", "forms": "v' H v"}

@@ -38,6 +38,9 @@ def test_peers_compute_the_same(benchmarks, cases, network, quantized, mode):
     assert wanted.shape == ((1, 1) if mode == "forms" else data.v.shape)
     # In float32 a quantizer may round otherwise than in float64.
     tolerance = 0.2 if quantized else 1e-4
+    if mode == "forms" and quantized:
+        # A single number may move by more than the norm of a product: among peers of one precision.
+        wanted, tolerance = products.prepared("double-backward", data)[1].double(), 1e-3
     found = 0
     for peer in EXACT:
         try:

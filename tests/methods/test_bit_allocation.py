@@ -79,13 +79,40 @@ def test_more_budget_never_scores_worse():
 
 def test_rounding_errors_are_those_of_the_rounded_weights():
     w = torch.randn(5, 3, 3, generator=torch.Generator().manual_seed(0))
-    errors = methods.rounding_errors({"w": w, "scalar": torch.tensor(0.3)}, bits=(2, 8))
+    errors = methods.rounding_errors({"w": w, "scalar": torch.tensor(0.3)}, bits=(2, 8), scale="absmax")
     for b in (2, 8):
         most = 2 ** (b - 1) - 1
         scale = w.abs().amax((1, 2), keepdim=True) / most
         expected = ((w / scale).round().clamp(-most - 1, most) * scale - w).double().square().sum()
         assert errors["w"][b] == pytest.approx(float(expected), rel=1e-4)
     assert errors["scalar"][8] == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_scales_of_least_error(bits):
+    w = torch.randn(5, 3, 40, generator=torch.Generator().manual_seed(0))
+    w[3] *= 100
+    q = methods.rounded(w, bits)
+    assert q.shape == w.shape
+    for row, found in zip(w, q, strict=True):
+        assert len(found.unique()) <= 2**bits
+        error = float((found - row).square().sum())
+        # No clipping of the range on a fine grid does better.
+        for share in torch.linspace(0.05, 1.2, 47):
+            s = float(row.abs().max() * share) / max(2 ** (bits - 1) - 1, 1)
+            other = (row / s).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * s
+            assert error <= float((other - row).square().sum()) * 1.001
+    assert (
+        float((q - w).square().sum()) <= methods.rounding_errors({"w": w}, (bits,), scale="absmax")["w"][bits] * 1.001
+    )
+    assert methods.rounding_errors({"w": w}, (bits,))["w"][bits] == pytest.approx(
+        float((q - w).double().square().sum())
+    )
+
+
+def test_rounding_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="scale must be 'mse' or 'absmax', got 'least'"):
+        methods.rounded(torch.ones(3, 3), 4, scale="least")
 
 
 def test_scores_predict_the_rise_of_a_quadratic():
