@@ -70,11 +70,13 @@ def test_relative_links_exist(page):
         assert (page.parent / target).exists(), target
 
 
-def test_table_is_drawn_from_the_committed_results():
+@pytest.mark.parametrize(("page", "table"), [("sharpness", "steps"), ("curvature", "curvature")])
+def test_table_is_drawn_from_the_committed_results(page, table):
     if importlib.util.find_spec("fastflat.benchmarks") is None:
         pytest.skip("fastflat.benchmarks is not installed: pip install --no-build-isolation -e .")
     from fastflat.benchmarks import figures, report
 
-    text = (ROOT / "docs" / "sharpness.md").read_text()
-    source = re.search(r"<!-- sharpness: drawn from (\S+) -->", text)[1]
-    assert figures.insert(text, "sharpness", source, figures.steps(report.read(ROOT / source))) == text
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    source = re.search(rf"<!-- {page}: drawn from (\S+) -->", text)[1]
+    drawn = getattr(figures, table)(report.read(ROOT / source))
+    assert figures.insert(text, page, source, drawn) == text

@@ -256,12 +256,12 @@ class Operator:
 
     def _products(self, batch: Batch, v: Tensor, into: Tensor, share: float) -> None:
         """Products of one batch's matrix with ``[K, n]``."""
-        wheres = list(self.blocks.values())
+        places = list(self.blocks.values())
 
         def take(i: int, t: Tensor) -> None:
-            into[:, wheres[i]].add_(t.reshape(len(v), -1), alpha=share)
+            into[:, places[i]].add_(t.reshape(len(v), -1), alpha=share)
 
-        self._pushed(batch, self._split(v, None), range(len(wheres)), take)
+        self._pushed(batch, self._split(v, None), range(len(places)), take)
 
     def _block_products(self, batch: Batch, v: Tensor, into: Tensor, share: float) -> None:
         for i, (where, part) in enumerate(zip(self.blocks.values(), unpacked(v, self._problem.params), strict=True)):
