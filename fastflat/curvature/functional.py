@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fastflat import _checks
@@ -145,6 +146,7 @@ def hvp(
     *,
     method: str = "auto",
     tangent_dtype: torch.dtype | None = None,
+    create_graph: bool = False,
 ) -> Any:
     """``H v``, exact, with ``H`` the Hessian of ``loss_fn(params) -> scalar``; K vectors at once.
 
@@ -153,6 +155,9 @@ def hvp(
         params: a tensor, or a list or dict of tensors.
         tangents: like ``params``, or each with K in front: ``[K, *shape]``.
         method, tangent_dtype: as in :class:`fastflat.curvature.Hessian`.
+        create_graph: results that can be differentiated again by the params and by whatever else the function reads, as
+            a regulariser of curvature needs; by double backward, one vector after another. Params that require a
+            gradient are then the leaves.
 
     Returns:
         Like ``tangents``. Zeros for what does not reach the loss; empty for K = 0.
@@ -169,7 +174,33 @@ def hvp(
         hv = ff.curvature.hvp(model_loss, params, {k: torch.randn(8, *p.shape) for k, p in params.items()})
         in_input_space = ff.curvature.hvp(lambda x: F.cross_entropy(model(x), y), x, torch.randn(8, *x.shape))
     """
+    if create_graph:
+        return _differentiable(loss_fn, params, tangents, method, tangent_dtype)
     return Linearized("curvature.hvp", loss_fn, (params,), method, tangent_dtype).push(tangents)
+
+
+def _differentiable(loss_fn: Callable, params: Any, tangents: Any, method: str, tangent_dtype: Any) -> Any:
+    if method not in ("auto", "double_backward") or tangent_dtype is not None:
+        got = repr(method) if tangent_dtype is None else f"tangent_dtype={tangent_dtype}"
+        _checks.fail("curvature.hvp", "create_graph", "come with method='auto' or 'double_backward' alone", got)
+    checks = Linearized("curvature.hvp", loss_fn, (params,), "double_backward", None)
+    leaves, spec = pytree.tree_flatten(params)
+    moving, k = checks._checked(tangents, leaves, spec)
+    leaves = [p if p.requires_grad else p.detach().requires_grad_() for p in leaves]
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        loss = scalar("curvature.hvp", loss_fn(pytree.tree_unflatten(leaves, spec)))
+        first = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True) if loss.requires_grad else ()
+        there = [(g, t) for g, t in zip(first, moving, strict=False) if g is not None and g.requires_grad]
+        rows = []
+        for i in range(len(moving[0])):
+            found = [None] * len(leaves)
+            if there:
+                along = [t[i] for _, t in there]
+                gradients = [g for g, _ in there]
+                found = torch.autograd.grad(gradients, leaves, along, create_graph=True, allow_unused=True)
+            rows.append([torch.zeros_like(p) if f is None else f for f, p in zip(found, leaves, strict=True)])
+        columns = [torch.stack(c) for c in zip(*rows, strict=True)] or [p.new_zeros(0, *p.shape) for p in leaves]
+    return pytree.tree_unflatten([c[0] if k is None else c for c in columns], spec)
 
 
 def mixed_hvp(

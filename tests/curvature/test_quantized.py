@@ -180,3 +180,58 @@ def test_every_layer_that_prepare_knows(name, quantize):
         warnings.simplefilter("error")
         ours = by_engine(loss, params)
     close(ours, dense(loss, params))
+
+
+@pytest.mark.parametrize("name", ["float", "lsq, channels", "affine", "groups", "pact", "ternary"])
+def test_products_that_are_differentiated_again(name):
+    # The third derivative of the frozen function is symmetric too: D(v'Hv)[u] = D(v'Hu)[v].
+    if name == "float":
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        x = torch.randn(6, 4, dtype=torch.float64)
+    else:
+        model, x = quantized(SPECS[name])
+    params, loss = dict(model.named_parameters()), squares(model, x)
+    u, v = ({k: torch.randn_like(p) for k, p in params.items()} for _ in range(2))
+
+    def form(a, b):
+        products = ff.curvature.hvp(loss, params, b, create_graph=True)
+        plain = ff.curvature.hvp(loss, params, b)
+        for k in params:
+            torch.testing.assert_close(products[k].detach(), plain[k], rtol=1e-9, atol=1e-9)
+        return sum((products[k] * a[k]).sum() for k in params)
+
+    def along(value, direction):
+        found = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+        return sum((f * direction[k]).sum() for k, f in zip(params, found, strict=True) if f is not None)
+
+    one, two = along(form(v, v), u), along(form(v, u), v)
+    torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9 * float(abs(one)))
+    assert float(abs(one)) > 1e-6
+    assert all(p.grad is None for p in params.values())
+    if name == "float":
+        moved = [
+            sum(
+                (h * v[k]).sum()
+                for k, h in ff.curvature.hvp(loss, {k: p + t * u[k] for k, p in params.items()}, v).items()
+            )
+            for t in (1e-5, -1e-5)
+        ]
+        torch.testing.assert_close((moved[0] - moved[1]) / 2e-5, one.detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_differentiable_products_of_several_vectors_and_what_is_refused():
+    model, x = quantized(SPECS["lsq"])
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    loss = squares(model, x)
+    v = {k: torch.randn(3, *p.shape, dtype=p.dtype) for k, p in params.items()}
+    many = ff.curvature.hvp(loss, params, v, create_graph=True)
+    for k, h in ff.curvature.hvp(loss, params, v).items():
+        torch.testing.assert_close(many[k].detach(), h, rtol=1e-9, atol=1e-9)
+        assert many[k].requires_grad
+    none = ff.curvature.hvp(loss, params, {k: t[:0] for k, t in v.items()}, create_graph=True)
+    assert all(none[k].shape == (0, *p.shape) for k, p in params.items())
+    with pytest.raises(ValueError, match="create_graph must come with method='auto' or 'double_backward' alone"):
+        ff.curvature.hvp(loss, params, v, create_graph=True, method="finite_difference")
+    with pytest.raises(ValueError, match=r"tangents must have shape"):
+        ff.curvature.hvp(loss, params, {k: t[..., None] for k, t in v.items()}, create_graph=True)
