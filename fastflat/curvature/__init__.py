@@ -20,6 +20,7 @@ from fastflat.curvature._solve import solve
 from fastflat.curvature._trace import diagonal, layer_traces, trace
 from fastflat.curvature.functional import Linearized, hvp, linearize, mixed_hvp
 from fastflat.curvature.gauss_newton import GGN, Fisher
+from fastflat.curvature.inputs import InputHessian
 from fastflat.curvature.operators import Hessian, Operator
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Estimate",
     "Fisher",
     "Hessian",
+    "InputHessian",
     "Linearized",
     "Operator",
     "density",
