@@ -42,7 +42,7 @@ def sensitivity(layers: list[dict[str, Any]]) -> str:
     right.barh(at, means, xerr=errors, color=_cycle(len(layers)), height=0.6, ecolor="black", capsize=2)
     right.set_yticks(at, [f"{row['name']}  ({row['bits']} bits)" for row in layers])
     right.invert_yaxis()
-    right.set(xlabel="trace of the Hessian's block by its weights")
+    right.set(xlabel="trace of the Hessian's block, per weight")
     right.xaxis.set_major_locator(plt.MaxNLocator(3))
     right.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}")
     right.grid(axis="y", visible=False)
