@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""K products with a network's Hessian or Gauss-Newton matrix at one batch, or quadratic forms, in fp32, from nothing:
-linearisation and graphs are part of the call.
+"""K products with a network's Hessian or Gauss-Newton matrix at one batch, or quadratic forms, in fp32, at parameters
+that have moved: linearisation and graphs are part of the call, what a tool does once for a model and a shape (tracing,
+compiling) is not.
 
 Networks are in eval mode (batch norm with its running statistics), plain or with quantizers of 4 bits for weights and
 activations.

@@ -269,7 +269,9 @@ def sharpness(**options: Any) -> None:
 @click.option("--quick", is_flag=True, help="Fewer rounds.")
 @_JSON
 def curvature(**options: Any) -> None:
-    """K products with a network's Hessian or Gauss-Newton matrix at one batch, from nothing, beside other tools.
+    """K products with a network's Hessian or Gauss-Newton matrix at one batch, beside other tools.
+
+    Each call linearises anew; tracing and compiling, once for a model and a shape, are not in it.
 
     Columns of peers are gradients (one forward and backward of the same batch) that one vector costs. "error" is
     fastflat's, relative to fp64; "peak" its memory in that of a gradient. double-backward: one graph for all vectors;
