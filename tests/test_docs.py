@@ -70,7 +70,7 @@ def test_relative_links_exist(page):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize(("page", "table"), [("sharpness", "steps")])
+@pytest.mark.parametrize(("page", "table"), [("sharpness", "steps"), ("curvature", "curvature")])
 def test_table_is_drawn_from_the_committed_results(page, table):
     if importlib.util.find_spec("fastflat.benchmarks") is None:
         pytest.skip("fastflat.benchmarks is not installed: pip install --no-build-isolation -e .")
