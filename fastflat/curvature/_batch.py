@@ -75,3 +75,12 @@ def called(model: torch.nn.Module, state: dict[str, Tensor], inputs: Any) -> Any
         return torch.func.functional_call(model, state, (), inputs)
     args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     return torch.func.functional_call(model, state, args)
+
+
+def coupling(model: torch.nn.Module) -> str | None:
+    """The name of a batch norm that uses the statistics of a batch, so that its rows see each other."""
+    for name, module in model.named_modules():
+        norm = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+        if norm and (module.training or module.running_mean is None):
+            return name
+    return None

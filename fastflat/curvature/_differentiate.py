@@ -59,9 +59,12 @@ def _filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tens
     return [torch.zeros_like(p) if f is None else f for f, p in zip(found, like, strict=True)]
 
 
-def double_backward(loss: Loss, params: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
-    """``H v_k``, one k after another, by the derivative of ``<gradient, v_k>``; all of shape ``[K, *shape]``."""
-    leaves = [p.detach().requires_grad_() for p in params]
+def double_backward(
+    loss: Loss, params: Sequence[Tensor], tangents: Sequence[Tensor], create_graph: bool = False
+) -> list[Tensor]:
+    """``H v_k``, one k after another, by the derivative of ``<gradient, v_k>``; all of shape ``[K, *shape]``. With
+    ``create_graph`` they can be differentiated again, by the params themselves where those require a gradient."""
+    leaves = [p if create_graph and p.requires_grad else p.detach().requires_grad_() for p in params]
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         value = loss(leaves)
         if not value.requires_grad:
@@ -74,9 +77,11 @@ def double_backward(loss: Loss, params: Sequence[Tensor], tangents: Sequence[Ten
                 rows.append([torch.zeros_like(p) for p in params])
                 continue
             along = [t[k].to(g.dtype) for g, t in moving]
-            found = torch.autograd.grad([g for g, _ in moving], leaves, along, retain_graph=True, allow_unused=True)
+            found = torch.autograd.grad(
+                [g for g, _ in moving], leaves, along, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
             rows.append(_filled(found, params))
-    return [torch.stack(column) for column in zip(*rows, strict=True)]
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def finite_difference(loss: Loss, params: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:

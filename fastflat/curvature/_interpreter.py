@@ -216,9 +216,10 @@ class Linear:
                 self._values.pop(position, None)
 
     def drop_unasked(self) -> None:
-        """Let go of values that served to compute others only."""
+        """At the end of a pass, let go of values that served to compute others only."""
         for position in self._values.keys() - self._asked:
             del self._values[position]
+        self._computed.clear()
 
     def push(
         self,
@@ -268,5 +269,4 @@ class Linear:
                     finish(position)
         if not first_of_two:
             self.drop_unasked()
-            self._computed.clear()
         return results

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fastflat import _checks
@@ -183,24 +182,13 @@ def _differentiable(loss_fn: Callable, params: Any, tangents: Any, method: str, 
     if method not in ("auto", "double_backward") or tangent_dtype is not None:
         got = repr(method) if tangent_dtype is None else f"tangent_dtype={tangent_dtype}"
         _checks.fail("curvature.hvp", "create_graph", "come with method='auto' or 'double_backward' alone", got)
-    checks = Linearized("curvature.hvp", loss_fn, (params,), "double_backward", None)
+    linear = Linearized("curvature.hvp", loss_fn, (params,), "double_backward", None)
     leaves, spec = pytree.tree_flatten(params)
-    moving, k = checks._checked(tangents, leaves, spec)
-    leaves = [p if p.requires_grad else p.detach().requires_grad_() for p in leaves]
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        loss = scalar("curvature.hvp", loss_fn(pytree.tree_unflatten(leaves, spec)))
-        first = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True) if loss.requires_grad else ()
-        there = [(g, t) for g, t in zip(first, moving, strict=False) if g is not None and g.requires_grad]
-        rows = []
-        for i in range(len(moving[0])):
-            found = [None] * len(leaves)
-            if there:
-                along = [t[i] for _, t in there]
-                gradients = [g for g, _ in there]
-                found = torch.autograd.grad(gradients, leaves, along, create_graph=True, allow_unused=True)
-            rows.append([torch.zeros_like(p) if f is None else f for f, p in zip(found, leaves, strict=True)])
-        columns = [torch.stack(c) for c in zip(*rows, strict=True)] or [p.new_zeros(0, *p.shape) for p in leaves]
-    return pytree.tree_unflatten([c[0] if k is None else c for c in columns], spec)
+    moving, k = linear._checked(tangents, leaves, spec)
+    if k == 0:
+        return pytree.tree_unflatten([p.new_zeros(0, *p.shape) for p in leaves], spec)
+    found = double_backward(linear._loss, leaves, moving, create_graph=True)
+    return pytree.tree_unflatten([f[0] if k is None else f for f in found], spec)
 
 
 def mixed_hvp(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflat import _checks
-from fastflat.curvature import _solve
+from fastflat.curvature import _batch, _solve
 from fastflat.curvature._estimate import Estimate
 from fastflat.curvature.functional import linearize
 
@@ -59,9 +59,9 @@ class InputHessian:
             _checks.fail(_NAME, "inputs", "be a floating tensor [B, ...]", got)
         if reduction not in ("mean", "sum"):
             _checks.fail(_NAME, "reduction", "be 'mean' or 'sum'", repr(reduction))
-        for name, module in model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-                _checks.fail(_NAME, "model", "keep samples apart", f"{name} in train mode", "; put it into eval mode")
+        name = _batch.coupling(model)
+        if name is not None:
+            _checks.fail(_NAME, "model", "keep samples apart", f"{name} in train mode", "; put it into eval mode")
         self._inputs = inputs.detach()
         self.batch, n = len(inputs), inputs[0].numel() if len(inputs) else 0
         self.shape, self.dtype, self.device = (n, n), inputs.dtype, inputs.device

@@ -247,12 +247,12 @@ class Operator:
     def _check_split(self, batch: Batch) -> None:
         if self._microbatch is None or self._microbatch >= batch.size:
             return
-        for name, module in self._problem.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-                _checks.fail(
-                    self._name, "microbatch", "be None where samples of a batch depend on each other",
-                    f"{self._microbatch}, and {name} in train mode", "; put it into eval mode",
-                )  # fmt: skip
+        name = _batch.coupling(self._problem.model)
+        if name is not None:
+            _checks.fail(
+                self._name, "microbatch", "be None where samples of a batch depend on each other",
+                f"{self._microbatch}, and {name} in train mode", "; put it into eval mode",
+            )  # fmt: skip
 
     def _products(self, batch: Batch, v: Tensor, into: Tensor, share: float) -> None:
         """Products of one batch's matrix with ``[K, n]``."""
