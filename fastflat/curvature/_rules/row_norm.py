@@ -81,19 +81,16 @@ def layer_norm(c: Call):
 
 @rule(aten.native_group_norm.default)
 def group_norm(c: Call):
-    return _forward(c, _group_rows(c.out_shape[0], c.primal(6)), 1)
-
-
-def _forward(c: Call, rows: Rows, weight: int):
-    x, w, b = rows.see_k(c.tangent(0)), rows.weight_k(c.tangent(weight)), rows.weight_k(c.tangent(weight + 1))
+    rows = _group_rows(c.out_shape[0], c.primal(6))
+    x, w, b = rows.see_k(c.tangent(0)), rows.weight_k(c.tangent(1)), rows.weight_k(c.tangent(2))
     normal, inv = row_normal(c, rows, 0, c.out[1], c.out[2], (c.place(1), c.place(2)))
     out = m = i = None
     if x is not None:
         m, s = rows.mean(x, 1), rows.mean(x * normal, 1)
         i = -s * inv * inv
         out = torch.addcmul(x - m, normal, s, value=-1).mul_(inv)
-        if c.primal(weight) is not None:
-            out.mul_(c.operand(weight).reshape(rows.weight))
+        if c.primal(1) is not None:
+            out.mul_(c.operand(1).reshape(rows.weight))
         m, i = m.reshape(c.k, *c.out[1].shape), i.reshape(c.k, *c.out[2].shape)
     if w is not None:
         out = normal * w if out is None else out.addcmul_(normal, w)
@@ -144,16 +141,13 @@ def layer_norm_backward(c: Call):
 
 @rule(aten.native_group_norm_backward.default)
 def group_norm_backward(c: Call):
-    return _backward(c, _group_rows(c.shape(1), c.primal(8)), mean=2, weight=4)
-
-
-def _backward(c: Call, rows: Rows, mean: int, weight: int):
+    rows = _group_rows(c.shape(1), c.primal(8))
     g, x = rows.see_k(c.tangent(0)), rows.see_k(c.tangent(1))
-    m, i = rows.statistic_k(c.tangent(mean)), rows.statistic_k(c.tangent(mean + 1))
-    w = rows.weight_k(c.tangent(weight))
-    statistics = (c.origin(mean), c.origin(mean + 1))
-    normal, inv = row_normal(c, rows, 1, c.primal(mean), c.primal(mean + 1), statistics)
-    weighted = c.primal(weight) is not None
+    m, i = rows.statistic_k(c.tangent(2)), rows.statistic_k(c.tangent(3))
+    w = rows.weight_k(c.tangent(4))
+    statistics = (c.origin(2), c.origin(3))
+    normal, inv = row_normal(c, rows, 1, c.primal(2), c.primal(3), statistics)
+    weighted = c.primal(4) is not None
 
     moved = None  # Rx^
     if x is not None:
@@ -165,17 +159,17 @@ def _backward(c: Call, rows: Rows, mean: int, weight: int):
     if 1 in c.wanted and weighted:
         terms = [] if g is None else [g * normal]
         terms += [] if moved is None else [moved * rows.see(c.operand(0))]
-        by_weight = rows.to_weight(sum(terms), c.shape(weight)) if terms else None
+        by_weight = rows.to_weight(sum(terms), c.shape(4)) if terms else None
     if 2 in c.wanted and weighted and g is not None:
-        by_bias = rows.to_weight(g, c.shape(weight))
+        by_bias = rows.to_weight(g, c.shape(4))
 
     out = None
     if 0 in c.wanted:
-        h = c.once("h", lambda: _weighted(c, rows, weight))
+        h = c.once("h", lambda: _weighted(c, rows))
         a, b = c.once("a", lambda: rows.mean(h)), c.once("b", lambda: rows.mean(h * normal))
         rh = None
         if g is not None:
-            rh = g * c.operand(weight).reshape(rows.weight) if weighted else g
+            rh = g * c.operand(4).reshape(rows.weight) if weighted else g
         if w is not None:
             by_w = rows.see(c.operand(0)) * w
             rh = by_w if rh is None else rh + by_w
@@ -192,6 +186,6 @@ def _backward(c: Call, rows: Rows, mean: int, weight: int):
     return out, by_weight, by_bias
 
 
-def _weighted(c: Call, rows: Rows, weight: int) -> Tensor:
+def _weighted(c: Call, rows: Rows) -> Tensor:
     g = rows.see(c.primal(0))
-    return g if c.primal(weight) is None else g * c.primal(weight).reshape(rows.weight)
+    return g if c.primal(4) is None else g * c.primal(4).reshape(rows.weight)

@@ -16,7 +16,6 @@ Differentiation, 2025, for the sum within the pass.
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastflat.curvature._program import Untraceable
+from fastflat.curvature._rules._linear import LINEAR
 from fastflat.curvature._rules._table import Call, aligned
 from fastflat.curvature._rules.batch_norm import _channel, normal_of_batch
 from fastflat.curvature._rules.convolution import Geometry, _channels, _joined, _joins
@@ -38,30 +38,14 @@ aten, ops = torch.ops.aten, torch.ops.fastflat
 #: with several results, or None for zero.
 SECOND: dict[Callable, Callable[[Call, int], Any]] = {}
 
-#: Linear in all their tensors together, or piecewise so.
-LINEAR = {
-    operator.getitem,
-    *(aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten._to_copy.default),
-    *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.t.default, aten.transpose.int),
-    *(aten.permute.default, aten.expand.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
-    *(aten.unsqueeze.default, aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default),
-    *(aten.unsafe_split.Tensor, aten.unbind.int, aten.cat.default, aten.stack.default, aten.flip.default),
-    *(aten.constant_pad_nd.default, aten.copy.default, aten.lift_fresh.default, aten.cumsum.default),
-    *(aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.roll.default, aten.repeat.default),
+#: Linear besides those of :data:`LINEAR`, in programs that hold the loss too.
+_LINEAR = LINEAR | {
+    *(aten.unsafe_split.Tensor, aten.copy.default, aten.lift_fresh.default, aten.cumsum.default),
     *(aten.tril.default, aten.triu.default, aten.diagonal.default, aten.unfold.default, aten.im2col.default),
-    *(aten.col2im.default, aten.embedding.default, aten.scatter_add.default, aten.index_add.default),
-    *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar),
-    *(aten.neg.default, aten.where.self, aten.mul.Scalar, aten.div.Scalar, aten.masked_fill.Scalar),
-    *(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim),
-    *(aten.relu.default, aten.leaky_relu.default, aten.hardtanh.default, aten.abs.default, aten.clamp.default),
-    *(aten.clamp_min.default, aten.clamp_max.default, aten.maximum.default, aten.minimum.default),
-    *(aten.threshold.default, aten.amax.default, aten.amin.default, aten.max_pool2d_with_indices.default),
-    *(aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default, aten.avg_pool3d.default),
-    *(aten._adaptive_avg_pool3d.default, aten.upsample_nearest2d.default, aten.upsample_bilinear2d.default),
-    *(aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.replication_pad2d.default),
-    *(aten.pixel_shuffle.default, aten.pixel_unshuffle.default),
-    *(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default),
-    *(ops.fake_quantize_absmax.default, ops.general_quantize_dynamic.default),
+    *(aten.col2im.default, aten.scatter_add.default, aten.index_add.default, aten.rsub.Tensor, aten.rsub.Scalar),
+    *(aten.threshold.default, aten.amin.default, aten.avg_pool3d.default, aten._adaptive_avg_pool3d.default),
+    *(aten.replication_pad2d.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default),
+    *(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default, ops.general_quantize_dynamic.default),
 }
 
 
@@ -82,7 +66,7 @@ def bend(c: Call, groups: int) -> Any:
     Raises:
         Untraceable: the op has no second derivative that could be had.
     """
-    if c.op in LINEAR:
+    if c.op in _LINEAR:
         return None
     found = SECOND.get(c.op)
     if found is not None:
