@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FallbackWarning",
     "QuantSpec",
+    "accelerate",
     "backend",
     "backends",
     "binarize",
@@ -40,19 +41,26 @@ __all__ = [
     "fake_quantize_list",
     "frac_quantize",
     "functional",
+    "integrations",
     "liq_quantize",
     "mixquant",
     "optim",
     "param_groups",
     "prepare",
     "quant",
+    "restore",
     "tune_host_memory",
 ]
 
 
-def __getattr__(name: str):
-    if name == "curvature":  # a tenth of a second of imports that most programs do not need
-        import importlib
+#: Imported on first use: a tenth of a second that most programs do not need.
+_LATER = {"curvature": None, "integrations": None, "accelerate": "integrations", "restore": "integrations"}
 
-        return importlib.import_module("fastflat.curvature")
-    raise AttributeError(f"module 'fastflat' has no attribute {name!r}")
+
+def __getattr__(name: str):
+    if name not in _LATER:
+        raise AttributeError(f"module 'fastflat' has no attribute {name!r}")
+    import importlib
+
+    module = importlib.import_module(f"fastflat.{_LATER[name] or name}")
+    return getattr(module, name) if _LATER[name] else module
