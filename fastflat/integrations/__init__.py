@@ -2,8 +2,8 @@
 """Other libraries' quantizers, computed by fastflat: :func:`accelerate` and :func:`restore`, and adapters for one's
 own."""
 
-from fastflat.integrations._accelerate import Entry, Report, accelerate, restore
 from fastflat.integrations import torch_ao
+from fastflat.integrations._accelerate import Entry, Report, accelerate, restore
 from fastflat.integrations._adapter import Adapter, register, registered, unregister
 
 __all__ = ["Adapter", "Entry", "Report", "accelerate", "register", "registered", "restore", "unregister"]

@@ -30,8 +30,8 @@ class Adapter:
         fastflat.integrations.register(StepSize())
 
     :func:`fastflat.accelerate` calls the module's own forward and this one on probe batches, in training and in
-    evaluation mode, and swaps only where results, gradients and state agree (``through="chain"``: autograd's way back through
-    ``x / s`` and ``* s`` rounds twice). An adapter holds no state of a module.
+    evaluation mode, and swaps only where results, gradients and state agree. (``through="chain"``: autograd's way back
+    through ``x / s`` and ``* s`` rounds twice.) An adapter holds no state of a module.
 
     Attributes:
         summed: names of parameters whose gradient is a sum over elements, taken in another order than the module's

@@ -15,7 +15,7 @@ from torch import nn
 from fastflat.integrations._adapter import Adapter
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def accelerated(base: type, adapter: Adapter) -> type:
     """The subclass of a module's class with the adapter's forward."""
 

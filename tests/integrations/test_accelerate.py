@@ -95,15 +95,20 @@ def test_everything_but_the_class_stays(registered):
     expected = model(x)
     registered(StepAdapter())
     report = ff.accelerate(model)
-    assert [e.names for e in report.swapped] == [("weight_quantizer",), ("quantizer",)] and not report.left
+    assert [e.names for e in report.swapped] == [("weight_quantizer",), ("quantizer",)]
+    assert not report.left
     after = model.state_dict(keep_vars=True)
-    assert list(after) == list(before) and all(after[k] is before[k] for k in before)
+    assert list(after) == list(before)
+    assert all(after[k] is before[k] for k in before)
     assert [m.training for m in model.modules()] == modes
-    assert isinstance(model.quantizer, Step) and "step size" in str(report)
+    assert isinstance(model.quantizer, Step)
+    assert "step size" in str(report)
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
     assert len(called) == 2
     assert ff.accelerate(model).swapped == report.swapped  # a second call finds them swapped
-    assert ff.restore(model) == 2 and type(model.quantizer) is Step and ff.restore(model) == 0
+    assert ff.restore(model) == 2
+    assert type(model.quantizer) is Step
+    assert ff.restore(model) == 0
 
 
 def test_a_liar_is_refused(registered):
@@ -116,7 +121,8 @@ def test_a_liar_is_refused(registered):
     registered(Liar())
     model = Model()
     report = ff.accelerate(model)
-    assert len(report.left) == 2 and "the result differs" in report.left[0].why
+    assert len(report.left) == 2
+    assert "the result differs" in report.left[0].why
     with pytest.raises(ValueError, match=r"^fastflat::accelerate: strict=True, but weight_quantizer \(Step\)"):
         ff.accelerate(model, strict=True)
     assert type(model.quantizer) is Step
@@ -145,7 +151,8 @@ def test_copies_and_files_of_a_swapped_model(registered):
     ff.accelerate(model)
     x = torch.randn(1, 3, 6, 6)
     twin = copy.deepcopy(model)
-    assert torch.equal(twin(x), model(x)) and ff.restore(twin) == 2
+    assert torch.equal(twin(x), model(x))
+    assert ff.restore(twin) == 2
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -177,5 +184,5 @@ def test_bad_input():
     model = Model()
     compiled = torch.compile(model)
     for given in (compiled, nn.Sequential(compiled)):
-        with pytest.raises(ValueError, match="not be compiled yet, got .*; accelerate, then torch.compile"):
+        with pytest.raises(ValueError, match=r"not be compiled yet, got .*; accelerate, then torch.compile"):
             ff.accelerate(given)
