@@ -178,3 +178,22 @@ def test_methods_agree():
     want = matrix(Hessian(model, F.cross_entropy, [(x, y)]))
     close(matrix(Hessian(model, F.cross_entropy, [(x, y)], method="double_backward")), want)
     close(matrix(Hessian(model, F.cross_entropy, [(x, y)], method="finite_difference")), want, 1e-6)
+
+
+def test_other_data_with_the_same_trace(monkeypatch):
+    from fastflat.curvature import _problem
+
+    traced = []
+    monkeypatch.setattr(_problem, "trace", lambda *args, of=_problem.trace: traced.append(1) or of(*args))
+    model, (x, y) = classifier(), examples(12)
+    H = Hessian(model, F.cross_entropy, [(x[:6], y[:6])])
+    first = matrix(H)
+    other = H.on([(x[6:], y[6:])])
+    close(matrix(other), truth(model, x[6:], y[6:], F.cross_entropy))
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.1)
+    close(matrix(other), truth(model, x[6:], y[6:], F.cross_entropy))
+    assert len(traced) == 1
+    assert not torch.equal(matrix(H), first)
+    with pytest.raises((TypeError, ValueError), match=r"curvature\.Hessian: data must"):
+        H.on(3)
