@@ -8,6 +8,11 @@ from typing import Any
 from fastflat.cli._figures import COLOURS, _cycle, _pyplot, _svg
 
 
+def _style(at: int) -> str:
+    """Of a line by its number: where the colours begin again, another."""
+    return ("-", "--", ":")[at // len(COLOURS) % 3]
+
+
 def sensitivity(layers: list[dict[str, Any]]) -> str:
     """Score of each layer by width, crosses where it was measured, rings at the chosen ones; trace per weight of each
     layer with its error."""
@@ -20,12 +25,10 @@ def sensitivity(layers: list[dict[str, Any]]) -> str:
         gridspec_kw={"width_ratios": (3, 2)},
     )
     for at, (colour, row) in enumerate(zip(_cycle(len(layers)), layers, strict=True)):
-        style = ("-", "--", ":")[at // len(COLOURS) % 3]
         points = [(int(b), score) for b, score in row["scores"].items() if score > 0]
         if points:
-            left.plot(
-                *zip(*points, strict=True), color=colour, marker=".", linestyle=style, linewidth=1, label=row["name"]
-            )
+            line = {"color": colour, "marker": ".", "linestyle": _style(at), "linewidth": 1}
+            left.plot(*zip(*points, strict=True), label=row["name"], **line)
         measured = [(int(b), score) for b, score in row["scores"].items() if score > row["predicted"][b]]
         if measured:
             left.plot(*zip(*measured, strict=True), "x", color=colour, markersize=5)
@@ -85,9 +88,10 @@ def densities(curves: list[dict[str, Any]], salt: str) -> str:
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     most = max(max(curve["density"]) for curve in curves)
     floor = 1e-6 * most
-    for colour, curve in zip(_cycle(len(curves)), curves, strict=True):
+    for at, (colour, curve) in enumerate(zip(_cycle(len(curves)), curves, strict=True)):
         x, y, e = curve["x"], curve["density"], curve["stderr"]
-        axes.plot(x, [max(v, floor) for v in y], color=colour, linewidth=1.2, label=curve["label"])
+        line = [max(v, floor) for v in y]
+        axes.plot(x, line, color=colour, linestyle=_style(at), linewidth=1.2, label=curve["label"])
         low = [max(v - s, floor) for v, s in zip(y, e, strict=True)]
         high = [max(v + s, floor) for v, s in zip(y, e, strict=True)]
         axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
