@@ -5,6 +5,7 @@ families at their largest, of the optimizers' steps, of products with curvature 
 python -m fastflat.benchmarks.figures README.md benchmarks/results/{quantize.json,families.json,quantize.svg}
 python -m fastflat.benchmarks.figures docs/sharpness.md benchmarks/results/sharpness.json
 python -m fastflat.benchmarks.figures docs/curvature.md benchmarks/results/curvature.json
+python -m fastflat.benchmarks.figures docs/curvature.md benchmarks/results/curvature-default.json
 """
 
 from __future__ import annotations
@@ -195,6 +196,8 @@ def main(page: str, first: str, others: str = "", figure: str = "") -> None:
         text = insert(text, "families", others, families(report.read(Path(others))))
     else:
         name, table = ("curvature", curvature) if result["rows"][0]["family"] == "curvature" else ("sharpness", steps)
+        if name == "curvature" and result["allocator"].startswith("default"):
+            name = "curvature-default"
         text = insert(target.read_text(), name, first, table(result))
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     part.write_text(text)

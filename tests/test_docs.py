@@ -70,13 +70,20 @@ def test_relative_links_exist(page):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize(("page", "table"), [("sharpness", "steps"), ("curvature", "curvature")])
-def test_table_is_drawn_from_the_committed_results(page, table):
+@pytest.mark.parametrize(
+    ("page", "name", "table"),
+    [
+        ("sharpness", "sharpness", "steps"),
+        ("curvature", "curvature", "curvature"),
+        ("curvature", "curvature-default", "curvature"),
+    ],
+)
+def test_table_is_drawn_from_the_committed_results(page, name, table):
     if importlib.util.find_spec("fastflat.benchmarks") is None:
         pytest.skip("fastflat.benchmarks is not installed: pip install --no-build-isolation -e .")
     from fastflat.benchmarks import figures, report
 
     text = (ROOT / "docs" / f"{page}.md").read_text()
-    source = re.search(rf"<!-- {page}: drawn from (\S+) -->", text)[1]
+    source = re.search(rf"<!-- {name}: drawn from (\S+) -->", text)[1]
     drawn = getattr(figures, table)(report.read(ROOT / source))
-    assert figures.insert(text, page, source, drawn) == text
+    assert figures.insert(text, name, source, drawn) == text
