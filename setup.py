@@ -40,7 +40,7 @@ setuptools.setup(
     version=version,
     packages=[*setuptools.find_packages(str(ROOT), include=["fastflat*"]), *(f"fastflat.{name}" for name in inside)],
     package_dir={f"fastflat.{name}": name.replace(".", "/") for name in inside},
-    package_data={"fastflat": ["py.typed"], "": ["*.jinja"], "fastflat.benchmarks": ["budgets/*.json"]},
+    package_data={"fastflat": ["py.typed"], "": ["*.jinja"], "fastflat.benchmarks": ["budgets/*.json", "schema.json"]},
     exclude_package_data={"fastflat": ["_build_info.json"]},
     ext_modules=commands.extensions(ROOT, libraries),
     cmdclass=commands.classes(ROOT, version, tools, libraries, targets, env),

@@ -9,10 +9,13 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from . import devices
+from .timers import Block, Host, Timer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,8 @@ QUICK = Effort(seconds=0.3, rounds=(5, 20), block=3e-3)
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median and quartiles over the rounds, the fastest round, and every round in turn."""
+    """Seconds of one call: median and quartiles over the rounds, the fastest round, and every round in turn; ``how``
+    it was timed and, where that was by a graph, the seconds of a call ``launched`` from Python."""
 
     median: float
     q1: float
@@ -44,6 +48,8 @@ class Timing:
     best: float
     calls: int
     samples: tuple[float, ...]
+    how: str = "host"
+    launched: float | None = None
 
     @property
     def rounds(self) -> int:
@@ -77,23 +83,29 @@ def _no_collection() -> Iterator[None]:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], effort: Effort, synchronize: Callable[[], None] = lambda: None
+    calls: Mapping[str, Callable[[], object] | Sequence[Callable[[], object]]],
+    effort: Effort,
+    synchronize: Callable[[], None] = lambda: None,
+    timer: Timer | None = None,
 ) -> dict[str, Timing]:
     """Time each call in rounds: a round runs a block of every call, in an order that rotates from round to round.
 
     Args:
-        calls: what to time, by name; each is warmed up first.
+        calls: what to time, by name, or a list of calls that do the same on different memory; warmed up first.
         effort: how long.
-        synchronize: waits for the device; runs at both ends of a block.
+        synchronize: waits for the device; runs at both ends of a block of the host's clock.
+        timer: times the blocks; the host's clock by itself.
 
     Returns:
         The timings by the same names.
     """
+    timer = timer or Host(synchronize)
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     with _no_collection():
-        repeats = {name: _repeats(calls[name], effort.block, synchronize) for name in names}
+        blocks = {name: timer.prepare([call] if callable(call) else call) for name, call in calls.items()}
+        repeats = {name: _repeats(blocks[name], effort.block) for name in names}
         began = time.perf_counter()
         least, most = effort.rounds
         for turn in range(most):
@@ -102,34 +114,26 @@ def interleaved(
             first = turn % len(names) if names else 0
             for name in names[first:] + names[:first]:
                 if repeats[name] > 1:
-                    calls[name]()
-                samples[name].append(_block(calls[name], repeats[name], synchronize) / repeats[name])
-    return {name: _timing(samples[name], repeats[name]) for name in names}
+                    blocks[name].warm()
+                samples[name].append(blocks[name].run(repeats[name]) / repeats[name])
+    return {name: _timing(samples[name], repeats[name], blocks[name]) for name in names}
 
 
-def _block(call: Callable[[], object], repeats: int, synchronize: Callable[[], None]) -> float:
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def _repeats(call: Callable[[], object], block: float, synchronize: Callable[[], None]) -> int:
+def _repeats(block: Block, seconds: float) -> int:
     """Calls that fill a block, found by doubling; warms the call up on the way."""
-    _block(call, 2, synchronize)
+    block.run(2)
     count = 1
     while True:
-        taken = _block(call, count, synchronize)
-        if taken >= block / 2 or count >= 1 << 16:
-            return max(1, round(count * block / max(taken, 1e-9))) if taken < block else count
+        taken = block.run(count)
+        if taken >= seconds / 2 or count >= 1 << 16:
+            return max(1, round(count * seconds / max(taken, 1e-9))) if taken < seconds else count
         count *= 2
 
 
-def _timing(samples: list[float], calls: int) -> Timing:
+def _timing(samples: list[float], calls: int, block: Block | None = None) -> Timing:
     q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
-    return Timing(median, q1, q3, min(samples), calls, tuple(samples))
+    timing = Timing(median, q1, q3, min(samples), calls, tuple(samples))
+    return timing if block is None else dataclasses.replace(timing, how=block.how, launched=block.launched)
 
 
 def copy_of(x: torch.Tensor) -> Callable[[], object]:
@@ -139,24 +143,25 @@ def copy_of(x: torch.Tensor) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def synchronizer(device: torch.device) -> Callable[[], None]:
+def synchronizer(device: torch.device | devices.Device) -> Callable[[], None]:
     """What waits for the work queued on a device."""
-    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    return devices.of(device).synchronize
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+def peak_memory(call: Callable[[], object], device: torch.device | devices.Device) -> int:
     """Bytes of PyTorch's allocator that one call holds at its highest, above what was held before it.
 
     Results, saved tensors and temporaries count; inputs and what a library allocates by itself do not. One warm call,
     outside the timing: exact, and the same in every run.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    device = devices.of(device)
+    if device.module is not None:
+        device.synchronize()
+        device.module.reset_peak_memory_stats(device.place)
+        before = device.module.memory_allocated(device.place)
         call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        device.synchronize()
+        return device.module.max_memory_allocated(device.place) - before
     with _no_collection(), _profiler_silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         call()
     events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -35,19 +35,53 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Results of an earlier run.
+    """Results of an earlier run. What schema.json asks of them is in docs/benchmarks.md.
 
     Raises:
         ValueError: the file holds something else.
     """
     try:
-        result = json.loads(path.read_text())
-        known = result["format"] == FORMAT and isinstance(result["rows"], list)
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
-        known = False
-    if not known:
-        raise ValueError(f"bench: {path} must be results of format {FORMAT}, got something else")
+        result = json.loads(path.read_text(encoding="utf-8"))
+        wrong = _wrong(result)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        wrong = "something else"
+    if wrong:
+        raise ValueError(f"bench: {path} must be results of format {FORMAT}, got {wrong}")
     return result
+
+
+def _wrong(result: Any) -> str | None:
+    """What keeps a value from being results that tables, figures and comparisons can take."""
+    if not isinstance(result, dict) or "format" not in result:
+        return "something else"
+    if result["format"] != FORMAT:
+        return f"format {str(result['format'])[:40]}"
+    if not isinstance(result.get("machine"), dict) or not _facts(result["machine"]):
+        return "results without their machine"
+    for field in ("rows", "roofline", "audited"):
+        rows = result.get(field, [])
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            return f"{field} that are no list of objects"
+        for number, row in enumerate(rows):
+            bad = [f for f in _NUMBERS if f in row and not _positive(row[f])]
+            if bad:
+                return f"{bad[0]} {str(row[bad[0]])[:40]!r} in row {number} of {field}"
+            if field == "rows" and not isinstance(row.get("peer"), str):
+                return f"row {number} without its peer"
+    return None if isinstance(result.get("rows"), list) else "results without rows"
+
+
+def _facts(machine: dict[str, Any]) -> bool:
+    """Whether the machine's line can be drawn."""
+    return {"cpu", "cores", "isa", "torch", "torch_isa", "python", "system", "fastflat", "backend"} <= machine.keys()
+
+
+#: Times of a row, positive where they are there.
+_NUMBERS = ("seconds", "q1", "q3", "best", "copy_seconds", "gradient_seconds", "bound_seconds")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def seconds(value: float) -> str:
@@ -56,6 +90,14 @@ def seconds(value: float) -> str:
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"
     return f"{value * 1e9:.3g} ns"
+
+
+def engineering(value: float) -> str:
+    """Three digits and a prefix, ready for its unit: ``12.3 G``."""
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value:.3g} "
 
 
 def elements(count: int) -> str:
@@ -78,7 +120,9 @@ def quantize_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = result["rows"]
     peers = list(dict.fromkeys(row["peer"] for row in rows))
     others = [peer for peer in peers if peer not in (_OURS, _FLOOR)]
-    head = ["elements", "type", "scale", "threads", "copy", _OURS, "spread", "copies", "of copy bw", f"x {_FLOOR}"]
+    roofs = any("of_roofline" in row for row in rows)
+    head = ["elements", "type", "scale", "threads", "copy", _OURS, "spread", "copies", "of copy bw"]
+    head += ["elements/s", "GB/s", *(["of roofline"] if roofs else []), f"x {_FLOOR}"]
     head += [f"vs {peer}" for peer in others]
     peaks = [peer for peer in _PEAKS if peer in peers]
     head += [f"peak {peer}" for peer in peaks]
@@ -89,15 +133,21 @@ def quantize_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         line = [elements(case["elements"]), case["dtype"], case["granularity"], str(case["threads"])]
         line.append(seconds(next(iter(by_peer.values()))["copy_seconds"]))
         if time is None:
-            line += ["-"] * 4
+            line += ["-"] * (7 if roofs else 6)
         else:
             spread = 100 * (ours["q3"] - ours["q1"]) / time
             line += [seconds(time), f"+-{spread / 2:.0f} %", f"{ours['copies']:.2f}"]
             line.append(f"{100 * ours['of_copy_bandwidth']:.0f} %")
+            line += [f"{engineering(case['elements'] / time)}".strip(), f"{ours['bandwidth'] / 1e9:.1f}"]
+            line += [_percent(ours.get("of_roofline"))] if roofs else []
         line += [_ratio(by_peer, _OURS, _FLOOR), *(_ratio(by_peer, peer, _OURS) for peer in others)]
         line += [_peak(by_peer, peer) for peer in peaks]
         lines.append(line)
     return head, lines
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def _peak(by_peer: dict[str, dict[str, Any]], peer: str) -> str:
@@ -118,16 +168,25 @@ def _ratio(by_peer: dict[str, dict[str, Any]], of: str, to: str) -> str:
 
 
 def step_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of a training step: its time, and what the quantizers add to the step without any."""
-    head = ["threads", "quantizers", "step", "spread", "over fp32", "of identity's"]
+    """Head and lines of a training step: its time, samples a second, peak memory, and what the quantizers add to the
+    step without any."""
+    head = ["network", "mode", "optimizer", "threads", "quantizers", "step", "spread", "samples/s", "over fp32"]
+    head += ["of identity's", "peak"]
     lines = []
     for row in result["rows"]:
+        batch = row.get("batch", result.get("batch"))
+        line = [f"{row.get('network', result.get('model', '-'))}, batch {batch}", row.get("mode", "eager")]
+        line += [row.get("optimizer", "sgd"), str(row["threads"]), row["peer"]]
+        if "seconds" not in row:
+            lines.append([*line, *["-"] * 6])
+            continue
         spread = 100 * (row["q3"] - row["q1"]) / row["seconds"] / 2
-        line = [str(row["threads"]), row["peer"], seconds(row["seconds"]), f"+-{spread:.0f} %"]
-        over, share = row["overhead"], row["of_identity"]
+        line += [seconds(row["seconds"]), f"+-{spread:.0f} %"]
+        line.append(f"{batch / row['seconds']:.4g}" if batch else "-")
+        over, share, peak = row["overhead"], row["of_identity"], row.get("peak_bytes")
         line.append("-" if over is None else f"{100 * over:+.1f} %")
         line.append("-" if share is None else f"{share:.2f} x")
-        lines.append(line)
+        lines.append([*line, "-" if peak is None else f"{engineering(peak)}B"])
     return head, lines
 
 
@@ -145,7 +204,7 @@ def optimizer_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         line += ["-" if moved is None else f"{moved:.0f}", seconds(next(iter(by_peer.values()))["copy_seconds"])]
         line += [f"{by_peer[p]['copies']:.2f}" if by_peer.get(p, {}).get("copies") else "-" for p in peers]
         best = [r for p, r in by_peer.items() if p.startswith(_OURS) and r.get("of_copy_bandwidth")]
-        line.append(f"{100 * max(r['of_copy_bandwidth'] for r in best):.0f} %" if best else "-")
+        line.append(_percent(max((r["of_copy_bandwidth"] for r in best), default=None)))
         line += [_peak(by_peer, peer) for peer in (_OURS, "stock") if peer in peers]
         lines.append(line)
     return head, lines
@@ -173,20 +232,6 @@ def curvature_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         line.append(f"{peak / max(ours['gradient_peak_bytes'], 1):.1f}" if peak else "-")
         lines.append(line)
     return head, lines
-
-
-def compare_table(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines: each row that both runs have, and the new time over the old, in copies of its own run."""
-    before = {(*[row.get(f) for f in CASE], row["peer"]): row for row in old["rows"]}
-    lines = []
-    for row in new["rows"]:
-        earlier = before.get((*[row.get(f) for f in CASE], row["peer"]))
-        if earlier is None or earlier.get("copies") is None or row.get("copies") is None:
-            continue
-        names = [elements(row["elements"]), row["dtype"], row["granularity"], str(row["threads"]), row["peer"]]
-        ratio = row["copies"] / earlier["copies"]
-        lines.append([*names, f"{earlier['copies']:.2f}", f"{row['copies']:.2f}", f"{ratio:.2f}"])
-    return ["elements", "type", "scale", "threads", "peer", "old, copies", "new, copies", "new / old"], lines
 
 
 def show(title: str, head: list[str], lines: list[list[str]], notes: list[str], echo: Callable[[str], Any]) -> None:

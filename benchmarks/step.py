@@ -1,125 +1,207 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole training step: what quantizers add to it, compared with Functions that do nothing in the same places."""
+"""A whole training step: a network with quantizers of one maker or another, or without any, eager or compiled, with
+SGD or sharpness-aware minimisation."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn import functional as F
 
 import fastflat
 from fastflat import QuantSpec
-from fastflat.quant import Quantizer
-from fastflat.quant.eager import BuiltinQuantizer, EagerQuantizer
 
-from . import measure
+from . import devices, measure, networks, timers
+from .devices import Device
 from .measure import Effort
-from .peers.floor import mul
-from .peers.ours import Identity
+from .peers import first_line
+from .peers.modules import QUANTIZERS
+from .run import timed
 
-_mul = mul(None)
-
-
-class _View(Function):
-    """The identity without a pass over memory: the cost of an autograd Function alone."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gy: Tensor) -> Tensor:
-        return gy
+RHO, RATE, MOMENTUM = 0.05, 1e-9, 0.9
+MODES = ("eager", "compile")
+#: "sam-loop": the popular implementation over torch's SGD. Both SAMs do two passes a step.
+OPTIMIZERS = ("sgd", "sam-loop", "sam")
+#: With quantizers of these, when all peers are asked for; of the others a step with SGD says what there is to say.
+_WITH_SAM = ("fp32", "eager", "fastflat")
 
 
-def _quantizer(function: Callable[[Tensor], Tensor]) -> type[Quantizer]:
-    class Replaced(Quantizer):
-        def quantize(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-            return function(x)
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """How to make a network of 10 classes, the shape of a sample, the layers that have no quantizers, and whether the
+    others' inputs have a sign (behind ReLUs they have none)."""
 
-    return Replaced
+    make: Callable[[], nn.Module]
+    sample: tuple[int, ...]
+    skip: tuple[str, ...]
+    signed: bool = False
 
 
-#: What stands in the places of the quantizers; None leaves the model as it is.
-QUANTIZERS: dict[str, type[Quantizer] | None] = {
-    "fp32": None,
-    "view": _quantizer(_View.apply),
-    "identity": _quantizer(Identity.apply),
-    "mul": _quantizer(lambda x: _mul(x, None)),
-    "fastflat": Quantizer,
-    "eager": EagerQuantizer,
-    "builtin": BuiltinQuantizer,
+NETWORKS: dict[str, Network] = {
+    "resnet18": Network(networks.SmallResNet18, (3, 32, 32), ("conv1", "fc")),
+    "transformer": Network(lambda: networks.Transformer(width=256, heads=8, layers=6), (64, 256), ("fc",), signed=True),
 }
 
 
-def steps(
-    model: nn.Module, image: tuple[int, int, int], batch: int, bits: int, skip: Sequence[str], names: Sequence[str]
-) -> dict[str, Callable[[], None]]:
-    """For each name a call that does one step of SGD on random images: the same weights, data and order everywhere.
+@dataclasses.dataclass(frozen=True)
+class TrainingCase:
+    """One group of steps that take turns.
 
-    Args:
-        model: a network for 10 classes; copied for each.
-        image: channels, height, width.
-        batch: images in a step.
+    Attributes:
+        name: of the network in reports.
+        network: how it is made.
+        batch: samples in a step.
         bits: of weights (per channel) and of activations.
-        skip: layers without quantizers.
-        names: of :data:`QUANTIZERS`.
+        mode: of :data:`MODES`; compiled are forward and backward passes, not the optimizer.
+        optimizers: of :data:`OPTIMIZERS`.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand((batch, *image), generator=generator)
-    target = torch.randint(10, (batch,), generator=generator)
-    return {name: _step(_prepared(model, QUANTIZERS[name], bits, skip, x), x, target) for name in names}
+
+    name: str
+    network: Network
+    batch: int
+    bits: int = 4
+    mode: str = "eager"
+    optimizers: tuple[str, ...] = ("sgd",)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.mode} {'+'.join(self.optimizers)} batch {self.batch}"
+
+    def variants(self, peers: Sequence[str]) -> list[tuple[str, str]]:
+        """Peers and optimizers: all peers with SGD; with SAM those that it is worth the time for."""
+        with_sam = [peer for peer in peers if peer in _WITH_SAM]
+        return [(p, o) for o in self.optimizers for p in (peers if o == "sgd" else with_sam)]
+
+    def data(self, place: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
+        """Model, samples and classes, the same in every run."""
+        state = torch.random.get_rng_state()
+        try:
+            torch.manual_seed(0)
+            model = self.network.make()
+        finally:
+            torch.random.set_rng_state(state)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand((self.batch, *self.network.sample), generator=generator)
+        return model.to(place), x.to(place), torch.randint(10, (self.batch,), generator=generator).to(place)
 
 
-def _prepared(model: nn.Module, quantizer: type[Quantizer] | None, bits: int, skip: Sequence[str], x: Tensor):
+def steps(
+    case: TrainingCase, variants: Sequence[tuple[str, str]], place: torch.device
+) -> tuple[dict[tuple[str, str], Callable[[], None]], dict[tuple[str, str], str]]:
+    """A call that does one step for each peer and optimizer, with the same weights, data and order everywhere; and why
+    some have none."""
+    model, x, target = case.data(place)
+    calls, missing = {}, {}
+    for peer, optimizer in variants:
+        try:
+            own = _prepared(model, peer, case, x)
+            call = _step(own, optimizer, case.mode, x, target)
+            call()
+        except Exception as error:  # whatever a peer raises is its own: the other rows must not be lost
+            if peer.startswith("fastflat") and case.mode == "eager":
+                raise
+            missing[peer, optimizer] = f"{type(error).__name__}: {first_line(error)}"
+            continue
+        calls[peer, optimizer] = call
+    return calls, missing
+
+
+def _prepared(model: nn.Module, peer: str, case: TrainingCase, x: Tensor) -> nn.Module:
     model = copy.deepcopy(model).train()
+    quantizer = QUANTIZERS[peer]
     if quantizer is None:
         return model
-    weights, activations = QuantSpec.lsq(bits=bits, axis=0), QuantSpec.lsq(bits=bits, signed=False)
-    model = fastflat.prepare(model, weights=weights, activations=activations, skip=tuple(skip), quantizer=quantizer)
+    weights = QuantSpec.lsq(bits=case.bits, axis=0)
+    activations = QuantSpec.lsq(bits=case.bits, signed=case.network.signed)
+    options = {"quantizer": quantizer, "fuse_weights": peer == "fastflat-list"}
+    model = fastflat.prepare(model, weights=weights, activations=activations, skip=case.network.skip, **options)
     fastflat.calibrate(model, [x])
     return model.train()
 
 
-def _step(model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], None]:
+def _step(model: nn.Module, optimizer: str, mode: str, x: Tensor, target: Tensor) -> Callable[[], None]:
+    def loss() -> Tensor:
+        return F.cross_entropy(forward(x), target)
+
+    forward = model
+    if mode == "compile":
+        torch._dynamo.reset()
+        forward = torch.compile(model, dynamic=False)
+    params = list(model.parameters())
     # A rate this small keeps every model where it began, however often it is timed.
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9)
+    if optimizer == "sam":
+        opt = fastflat.optim.SAM(params, base="sgd", lr=RATE, momentum=MOMENTUM, rho=RHO)
+        first, second = opt.first_step, opt.second_step
+    else:
+        opt = torch.optim.SGD(params, lr=RATE, momentum=MOMENTUM)
+        before: list[Tensor] = []
+        first, second = (lambda: _ascend(params, before)), (lambda: _descend(params, before, opt))
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(x), target).backward()
-        optimizer.step()
+        opt.zero_grad(set_to_none=True)
+        loss().backward()
+        if optimizer == "sgd":
+            opt.step()
+            return
+        first()
+        opt.zero_grad(set_to_none=True)
+        loss().backward()
+        second()
 
     return step
 
 
-def rows(calls: dict[str, Callable[[], None]], threads: int, effort: Effort) -> list[dict[str, Any]]:
-    """One row per call: ``overhead``, the step's time over fp32's of the same round less 1, and ``of_identity``, that
-    overhead in units of identity's."""
-    with measure.threads(threads):
-        timings = measure.interleaved(calls, effort)
-    base, identity = timings.get("fp32"), timings.get("identity")
+@torch.no_grad()
+def _ascend(params: list[Tensor], before: list[Tensor]) -> None:
+    """The popular loop's first step: clone, perturb tensor by tensor."""
+    given = [p for p in params if p.grad is not None]
+    norm = torch.norm(torch.stack([p.grad.norm(p=2) for p in given]), p=2)
+    scale = RHO / (norm + 1e-12)
+    before[:] = [p.data.clone() for p in params]
+    for p in given:
+        p.add_(p.grad * scale)
+
+
+@torch.no_grad()
+def _descend(params: list[Tensor], before: list[Tensor], base: torch.optim.Optimizer) -> None:
+    for p, kept in zip(params, before, strict=True):
+        p.data = kept
+    before.clear()
+    base.step()
+
+
+def rows(
+    case: TrainingCase, peers: Sequence[str], threads: int, effort: Effort, device: torch.device | Device
+) -> list[dict[str, Any]]:
+    """One row per peer and optimizer: ``samples_per_second``; ``overhead``, the step's time over that of fp32 with the
+    same optimizer in the same round less 1; ``of_identity``, that overhead in units of identity's; ``peak_bytes``. A
+    variant that cannot be has its reason in ``unsupported``."""
+    device = devices.of(device)
+    named = {
+        "family": "step", "device": device.name, "threads": threads, "network": case.name, "mode": case.mode,
+        "batch": case.batch, "bits": case.bits,
+    }  # fmt: skip
+    variants = case.variants(peers)
+    with device.active(), measure.threads(threads) if device.kind == "cpu" else contextlib.nullcontext():
+        calls, missing = steps(case, variants, device.place)
+        timings = measure.interleaved(calls, effort, timer=timers.of(device))
+        peaks = {key: measure.peak_memory(call, device) for key, call in calls.items()}
     found = []
-    for name, timing in timings.items():
-        over = None if base is None or name == "fp32" else timing.over(base) - 1
+    for peer, optimizer in variants:
+        row = {**named, "peer": peer, "optimizer": optimizer}
+        if (peer, optimizer) in missing:
+            found.append({**row, "unsupported": missing[peer, optimizer]})
+            continue
+        timing = timings[peer, optimizer]
+        base, identity = (timings.get((name, optimizer)) for name in ("fp32", "identity"))
+        over = None if base is None or peer == "fp32" else timing.over(base) - 1
         share = None if over is None or identity is None else over / (identity.over(base) - 1)
-        found.append(
-            {
-                "peer": name,
-                "threads": threads,
-                "seconds": timing.median,
-                "q1": timing.q1,
-                "q3": timing.q3,
-                "best": timing.best,
-                "rounds": timing.rounds,
-                "calls": timing.calls,
-                "overhead": over,
-                "of_identity": share,
-            }
-        )
+        row |= timed(timing) | {"samples_per_second": case.batch / timing.median, "peak_bytes": peaks[peer, optimizer]}
+        found.append({**row, "overhead": over, "of_identity": share})
     return found

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastflat import QuantSpec
 
+from .. import operations
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 #: ``forward`` runs without autograd; ``both`` is forward and backward for a fixed cotangent.
@@ -41,6 +43,11 @@ class Case:
     @property
     def elements(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def operations(self) -> int:
+        """Arithmetic of a call; see :mod:`..operations`."""
+        return operations.of(self)
 
     @property
     def copied_bytes(self) -> int:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -95,6 +95,9 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
 #: Traffic of the floors, in copies of the data: one read and one write a pass.
 FLOORS = ("mul", "clone")
 
+#: Peers whose forward function takes all that differs among copies of the data by its arguments.
+_OF_ARGUMENTS = ("compile",)
+
 
 def prepare(peer: str, data: Data) -> Callable[[], None]:
     """A call that does the case's passes once and keeps nothing.
@@ -102,15 +105,34 @@ def prepare(peer: str, data: Data) -> Callable[[], None]:
     Raises:
         Unsupported: the peer cannot compute this case.
     """
+    return prepare_all(peer, [data])[0]
+
+
+def prepare_all(peer: str, copies: Sequence[Data]) -> list[Callable[[], None]]:
+    """The same call on each of several copies of the data. What is compiled is compiled once for all.
+
+    Raises:
+        Unsupported: the peer cannot compute this case.
+    """
+    make = PEERS[copies[0].case.family][peer]
+    shared = None
     try:
-        forward = PEERS[data.case.family][peer](data)
-        call = forward if isinstance(data, StepData) else _call(forward, data)
-        call()
+        calls = []
+        for data in copies:
+            if shared is None or peer not in _OF_ARGUMENTS:
+                shared = make(data)
+            calls.append(shared if isinstance(data, StepData) else _call(shared, data))
+            calls[-1]()
     except Exception as error:  # whatever a peer raises is its own: the other rows must not be lost
         if peer == "fastflat":
             raise
-        raise Unsupported(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}") from None
-    return call
+        raise Unsupported(f"{type(error).__name__}: {first_line(error)}") from None
+    return calls
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    return (str(error).strip().splitlines() or ["no reason given"])[0][:120]
 
 
 def _call(forward: Forward, data: Data) -> Callable[[], None]:

@@ -6,40 +6,19 @@ import json
 import pytest
 import torch
 
-from fastflat import cli
 from fastflat.cli import bench
 
 CASE = {"family", "threads", "dtype", "granularity", "passes", "elements", "shape", "peer", "copy_seconds"}
 NUMBERS = {"seconds", "q1", "q3", "best", "rounds", "calls", "bytes", "bandwidth", "copies", "of_copy_bandwidth"}
-NUMBERS |= {"over_floor", "peak_bytes"}
+NUMBERS |= {"over_floor", "peak_bytes", "operations", "elements_per_second", "of_roofline", "timing", "buffers"}
+CASE |= {"device"}
 
 
-def run(capsys, *arguments):
-    """Exit status, standard output and standard error of a command line."""
-    with pytest.raises(SystemExit) as end:
-        cli.main(["bench", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    return end.value.code or 0, out, err
-
-
-@pytest.fixture
-def swift(benchmarks, monkeypatch):
-    """As little effort as makes a row."""
-    effort = benchmarks.measure.Effort(0.0, (2, 2), 0.0)
-    monkeypatch.setattr(benchmarks.measure, "QUICK", effort)
-
-
-@pytest.fixture
-def own_memory(monkeypatch):
-    """The allocator's thresholds of the test process stay as they are."""
-    monkeypatch.setattr(bench, "_memory", lambda allocator: f"{allocator} (not touched)")
-
-
-def test_quantize_writes_every_row(capsys, tmp_path, swift, own_memory):
+def test_quantize_writes_every_row(run, tmp_path, swift, own_memory):
     target = tmp_path / "result.json"
     peers = "mul,fastflat,eager,builtin,builtin-fixed"
     code, out, _ = run(
-        capsys, "quantize", "--quick", "--sizes", "2^7", "--dtypes", "fp32,bf16", "--threads", "1",
+        "quantize", "--quick", "--sizes", "2^7", "--dtypes", "fp32,bf16", "--threads", "1",
         "--granularity", "tensor,channel,group32,group128", "--passes", "both,forward", "--peers", peers,
         "--json", target,
     )  # fmt: skip
@@ -64,12 +43,12 @@ def test_quantize_writes_every_row(capsys, tmp_path, swift, own_memory):
     assert "of copy bw" in out
 
 
-def test_families_have_a_table_each(capsys, tmp_path, swift, own_memory):
+def test_families_have_a_table_each(run, tmp_path, swift, own_memory):
     """Peers and granularities go to the families that have them; noise and formats beside eager code."""
     target = tmp_path / "result.json"
     granularity = "channel,uniform,normal,temper,bypass,stochastic,e4m3,e2m1,mxfp8,mxfp4"
     code, out, _ = run(
-        capsys, "quantize", "--quick", "--sizes", "2^7", "--threads", "1", "--family", "all", "--peers",
+        "quantize", "--quick", "--sizes", "2^7", "--threads", "1", "--family", "all", "--peers",
         "fastflat,eager,clone", "--granularity", granularity, "--json", target,
     )  # fmt: skip
     assert code == 0
@@ -86,55 +65,44 @@ def test_families_have_a_table_each(capsys, tmp_path, swift, own_memory):
     assert "peak eager" in out
 
 
-def test_identity(capsys, swift, own_memory):
+def test_identity(run, swift, own_memory):
     arguments = ("--family", "identity", "--quick", "--sizes", "2^7", "--threads", "1")
-    code, out, _ = run(capsys, "quantize", *arguments)
+    code, out, _ = run("quantize", *arguments)
     assert code == 0
     assert "vs clone" in out
 
 
-def test_cases_run_once_for_each_number_of_threads(capsys, tmp_path, swift, own_memory, monkeypatch):
+def test_cases_run_once_for_each_number_of_threads(run, tmp_path, swift, own_memory, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     set_to = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     target = tmp_path / "result.json"
     arguments = ("--quick", "--sizes", "2^7,2^8", "--threads", "1,all", "--granularity", "tensor", "--peers", "mul")
-    code, _, _ = run(capsys, "quantize", *arguments, "--json", target)
+    code, _, _ = run("quantize", *arguments, "--json", target)
     assert code == 0
     assert [row["threads"] for row in json.loads(target.read_text())["rows"]] == [1, 1, 3, 3]
-    assert set_to == [1, 3, 1, 3, 3, 3, 3, 3]
+    assert set_to == [1, 3, 3, 3, 1, 3, 1, 3, 3, 3, 3, 3]  # the roofline at each number of threads comes first
 
 
-def test_step(capsys, tmp_path, swift, own_memory):
+def test_step(run, tmp_path, swift, own_memory):
     target = tmp_path / "step.json"
     arguments = ("--quick", "--batch", 1, "--threads", "1", "--peers", "fp32,identity,fastflat", "--json", target)
-    code, out, _ = run(capsys, "step", *arguments)
+    code, out, _ = run("step", *arguments)
     assert code == 0
     rows = {row["peer"]: row for row in json.loads(target.read_text())["rows"]}
     assert list(rows) == ["fp32", "identity", "fastflat"]
+    assert all(row["samples_per_second"] == pytest.approx(1 / row["seconds"]) for row in rows.values())
+    assert all(row["peak_bytes"] > 0 for row in rows.values())
     assert rows["fp32"]["overhead"] is None
     assert rows["identity"]["of_identity"] == pytest.approx(1)
     assert "over fp32" in out
 
 
-def test_compare(capsys, tmp_path, benchmarks):
-    def results(copies):
-        fields = dict.fromkeys(benchmarks.report.CASE, "x") | {"elements": 2**12, "peer": "fastflat"}
-        facts = benchmarks.machine.describe(torch.device("cpu"))
-        return {"machine": facts, "rows": [{**fields, "copies": copies}]}
-
-    for name, copies in (("old", 4.0), ("new", 3.0)):
-        benchmarks.report.write(tmp_path / name, results(copies))
-    code, out, _ = run(capsys, "compare", tmp_path / "old", tmp_path / "new")
-    assert code == 0
-    assert ["2^12", "x", "x", "x", "fastflat", "4.00", "3.00", "0.75"] in [line.split() for line in out.splitlines()]
-
-
-def test_sharpness_writes_every_row(capsys, tmp_path, swift, own_memory):
+def test_sharpness_writes_every_row(run, tmp_path, swift, own_memory):
     """All peers of a small list; the least traffic of SGD with momentum is 36 bytes a parameter."""
     target = tmp_path / "steps.json"
     names = ("--lists", "small", "--bases", "sgd", "--threads", "1", "--quick")
-    code, out, _ = run(capsys, "sharpness", *names, "--json", target)
+    code, out, _ = run("sharpness", *names, "--json", target)
     assert code == 0
     rows = json.loads(target.read_text())["rows"]
     assert {row["peer"] for row in rows} >= {"fastflat", "fastflat-swap", "stock", "add-sub", "loop"}
@@ -170,18 +138,24 @@ def test_sharpness_writes_every_row(capsys, tmp_path, swift, own_memory):
         (["quantize", "--passes", "backward"], "--passes must be of forward, both, got 'backward'"),
         (["quantize", "--threads", "0"], "--threads must be numbers from 1 to 1024 or all, got '0'"),
         (["quantize", "--threads", "two"], "--threads must be numbers from 1 to 1024 or all, got 'two'"),
-        (["quantize", "--device", "abacus"], "--device must be cpu or cuda, got 'abacus'"),
+        (["quantize", "--device", "abacus"], "--device must be cpu or cuda, cuda:1, ... or all, got 'abacus'"),
         (["quantize", "--device", "cuda:99"], "--device must be one that PyTorch sees, got 'cuda:99' with"),
         (["quantize", "--json", "no/such/folder/x.json"], "--json must name a file in an existing folder, got no/such"),
         (["quantize", "--allocator", "mine"], "'mine' is not one of 'tuned', 'default'"),
         (["step", "--batch", "0"], "0 is not in the range 1<=x<=4096"),
-        (["step", "--peers", "int8"], "--peers must be of fp32, view, identity, mul, fastflat, eager, builtin, got"),
+        (["step", "--peers", "int8"], "--peers must be of fp32, view, identity, mul, fastflat, fastflat-list, eager,"),
+        (["step", "--networks", "vgg"], "--networks must be of resnet20, resnet18, transformer, got 'vgg'"),
+        (["step", "--modes", "jit"], "--modes must be of eager, compile, got 'jit'"),
+        (["step", "--optimizers", "adam"], "--optimizers must be of sgd, sam-loop, sam, got 'adam'"),
+        (["run", "--only", "all"], "--only must be of kernels, optimizers, steps, curvature, audited, got 'all'"),
+        (["run", "--families", "tables"], "--families must be of identity, fake_quantize,"),
+        (["run", "--html", "no/such/folder/x.html"], "--html must name a file in an existing folder, got no/such"),
         (["compare", "here", "there"], "'here' does not exist"),
         (["sideways"], "No such command 'sideways'"),
     ],
 )
-def test_bad_input_ends_with_one_line(capsys, own_memory, arguments, said):
-    code, out, err = run(capsys, *arguments)
+def test_bad_input_ends_with_one_line(run, own_memory, arguments, said):
+    code, out, err = run(*arguments)
     assert code == 2
     assert out == ""
     assert len(err.splitlines()) == 1
@@ -189,32 +163,23 @@ def test_bad_input_ends_with_one_line(capsys, own_memory, arguments, said):
     assert said in err
 
 
-def test_compare_refuses_other_files(capsys, tmp_path):
-    for text in ("", "[]", '{"format": 99, "rows": []}', "\x00\xff"):
-        file = tmp_path / "x.json"
-        file.write_text(text, encoding="latin-1")
-        code, _, err = run(capsys, "compare", file, file)
-        assert code == 2
-        assert f"{file} must be results of format 1, got something else" in err
-
-
-def test_wrong_kernels_are_not_timed(capsys, tmp_path, benchmarks, monkeypatch, own_memory):
+def test_wrong_kernels_are_not_timed(run, tmp_path, benchmarks, monkeypatch, own_memory):
     monkeypatch.setattr(benchmarks.gate, "mistakes", lambda device, dtypes: ["dx of it", "y of it"])
-    monkeypatch.setattr(benchmarks.run, "all_rows", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(benchmarks.run, "rows", lambda *_: pytest.fail("timed"))
     target = tmp_path / "x.json"
-    code, _, err = run(capsys, "quantize", "--quick", "--json", target)
+    code, _, err = run("quantize", "--quick", "--json", target)
     assert code == 2
     assert err == "fastflat: bench: refused, the kernels differ from the reference in dx of it and 1 more\n"
     assert not target.exists()
 
 
-def test_red_tests_are_not_timed(capsys, benchmarks, monkeypatch, own_memory):
+def test_red_tests_are_not_timed(run, benchmarks, monkeypatch, own_memory):
     monkeypatch.setattr(benchmarks.gate, "tests_are_red", lambda file: f"1 failed in {file.name}")
-    monkeypatch.setattr(benchmarks.run, "all_rows", lambda *_: pytest.fail("timed"))
-    code, _, err = run(capsys, "quantize", "--gate")
+    monkeypatch.setattr(benchmarks.run, "rows", lambda *_: pytest.fail("timed"))
+    code, _, err = run("quantize", "--gate")
     assert code == 2
     assert "refused, the op's tests are red: 1 failed in test_fake_quantize.py" in err
-    code, _, err = run(capsys, "quantize", "--gate", "--family", "general_quantize,identity")
+    code, _, err = run("quantize", "--gate", "--family", "general_quantize,identity")
     assert code == 2
     assert "1 failed in test_general_quantize.py" in err
 
@@ -228,9 +193,9 @@ def test_a_run_that_breaks_off_leaves_the_old_file(tmp_path, benchmarks):
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["step"], ["compare"]])
-def test_help_shows_an_example(capsys, command):
-    code, out, _ = run(capsys, *command, "--help")
+@pytest.mark.parametrize("command", [[], ["run"], ["quantize"], ["step"], ["compare"], ["page"]])
+def test_help_shows_an_example(run, command):
+    code, out, _ = run(*command, "--help")
     assert code == 0
     assert "fastflat bench " + " ".join(command) in out
 

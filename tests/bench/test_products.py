@@ -52,9 +52,8 @@ def test_peers_compute_the_same(benchmarks, cases, network, quantized, mode):
     assert found >= 2
 
 
-def test_command_writes_every_row(capsys, tmp_path, monkeypatch, benchmarks, cases):
+def test_command_writes_every_row(capsys, tmp_path, monkeypatch, benchmarks, cases, own_memory):
     monkeypatch.setattr(benchmarks.measure, "QUICK", benchmarks.measure.Effort(0.0, (2, 2), 0.0))
-    monkeypatch.setattr(bench, "_memory", lambda allocator: f"{allocator} (not touched)")
     target = tmp_path / "products.json"
     names = ("--networks", "mlp", "--k", "1,2", "--threads", "1", "--quick", "--peers", "fastflat,double-backward")
     with pytest.raises(SystemExit) as end:
