@@ -13,6 +13,8 @@ from typing import Any
 
 #: Changes when the meaning of a field does.
 FORMAT = 1
+#: What a record of this format holds, field by field.
+SCHEMA = Path(__file__).with_name("schema.json")
 
 #: Fields that name a case: rows that agree in them were measured in turns.
 CASE = ("family", "threads", "dtype", "granularity", "passes", "elements")
@@ -63,9 +65,9 @@ def _wrong(result: Any) -> str | None:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             return f"{field} that are no list of objects"
         for number, row in enumerate(rows):
-            bad = [f for f in _NUMBERS if f in row and not _positive(row[f])]
-            if bad:
-                return f"{bad[0]} {str(row[bad[0]])[:40]!r} in row {number} of {field}"
+            bad = next((f for f in _NUMBERS if f in row and not _positive(row[f])), None)
+            if bad is not None:
+                return f"{bad} {str(row[bad])[:40]} in row {number} of {field}"
             if field == "rows" and not isinstance(row.get("peer"), str):
                 return f"row {number} without its peer"
     return None if isinstance(result.get("rows"), list) else "results without rows"

@@ -38,16 +38,16 @@ def main(arguments: list[str] | None = None) -> None:
         if traceback:
             raise
         _fail(str(error) or type(error).__name__)
+    except (KeyboardInterrupt, click.Abort):  # Abort is a RuntimeError
+        if traceback:
+            raise
+        print("fastflat: interrupted", file=sys.stderr)
+        sys.exit(130)
     except RuntimeError as error:
         # Ours say how to mend things (no scale yet, FASTFLAT_STRICT); any other is a defect and shows where.
         if traceback or not str(error).startswith("fastflat"):
             raise
         _fail(str(error))
-    except (KeyboardInterrupt, click.Abort):
-        if traceback:
-            raise
-        print("fastflat: interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def _fail(message: str) -> None:

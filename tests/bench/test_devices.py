@@ -65,8 +65,10 @@ def test_what_cannot_be_captured_is_timed_as_launched(benchmarks):
 def test_calls_go_round_the_copies(benchmarks, seconds):
     clock = Turned()
     fake = FakeCuda(clock=clock)
-    block = bench.package("timers").Cuda(gpu(benchmarks, fake)).prepare(
-        [clock.kernel(fake, name, seconds) for name in "abc"]
+    block = (
+        bench.package("timers")
+        .Cuda(gpu(benchmarks, fake))
+        .prepare([clock.kernel(fake, name, seconds) for name in "abc"])
     )
     clock.log.clear()
     block.run(6)
