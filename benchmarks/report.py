@@ -173,21 +173,23 @@ def step_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and lines of a training step: its time, samples a second, peak memory, and what the quantizers add to the
     step without any."""
     head = ["network", "mode", "optimizer", "threads", "quantizers", "step", "spread", "samples/s", "over fp32"]
-    head += ["of identity's", "peak"]
+    floors = any(row.get("of_identity") is not None for row in result["rows"])
+    head += [*(["of identity's"] if floors else []), "peak"]
     lines = []
     for row in result["rows"]:
         batch = row.get("batch", result.get("batch"))
         line = [f"{row.get('network', result.get('model', '-'))}, batch {batch}", row.get("mode", "eager")]
         line += [row.get("optimizer", "sgd"), str(row["threads"]), row["peer"]]
         if "seconds" not in row:
-            lines.append([*line, *["-"] * 6])
+            lines.append([*line, *["-"] * (len(head) - len(line))])
             continue
         spread = 100 * (row["q3"] - row["q1"]) / row["seconds"] / 2
         line += [seconds(row["seconds"]), f"+-{spread:.0f} %"]
         line.append(f"{batch / row['seconds']:.4g}" if batch else "-")
         over, share, peak = row["overhead"], row["of_identity"], row.get("peak_bytes")
         line.append("-" if over is None else f"{100 * over:+.1f} %")
-        line.append("-" if share is None else f"{share:.2f} x")
+        if floors:
+            line.append("-" if share is None else f"{share:.2f} x")
         lines.append([*line, "-" if peak is None else f"{engineering(peak)}B"])
     return head, lines
 
@@ -198,6 +200,8 @@ def optimizer_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     rows = result["rows"]
     peers = list(dict.fromkeys(row["peer"] for row in rows))
     head = ["parameters", "type", "list", "threads", "least B/param", "copy", *peers, "of copy bw"]
+    roofs = any("of_roofline" in row for row in rows)
+    head += ["of roofline"] if roofs else []
     head += [f"peak {peer}" for peer in (_OURS, "stock") if peer in peers]
     lines = []
     for case, by_peer in cases(rows):
@@ -207,6 +211,7 @@ def optimizer_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         line += [f"{by_peer[p]['copies']:.2f}" if by_peer.get(p, {}).get("copies") else "-" for p in peers]
         best = [r for p, r in by_peer.items() if p.startswith(_OURS) and r.get("of_copy_bandwidth")]
         line.append(_percent(max((r["of_copy_bandwidth"] for r in best), default=None)))
+        line += [_percent(max((r.get("of_roofline", 0) for r in best), default=None))] if roofs else []
         line += [_peak(by_peer, peer) for peer in (_OURS, "stock") if peer in peers]
         lines.append(line)
     return head, lines

@@ -38,8 +38,8 @@ class Roofs:
     def least(self, moved: float, operations: float, dtype: str, memory: float = 0.0) -> float:
         """Seconds below which nothing that moves so many bytes and does so many operations can be.
 
-        `memory` is a bandwidth that was reached on data of the same size: small data lies in caches, which are faster
-        than memory.
+        `memory` is a bandwidth that a copy of as many bytes reached: small data lies in caches, which are faster than
+        memory.
         """
         rate = self.arithmetic.get(_COMPUTE.get(dtype, dtype), 0.0)
         return max(moved / max(self.memory, memory), operations / rate if rate else 0.0)

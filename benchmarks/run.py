@@ -19,7 +19,7 @@ from .measure import Effort
 from .peers import FLOORS, Unsupported, prepare_all
 from .roofline import Roofs
 
-_COPY = "copy"
+_COPY, _ROOF = "copy", "roof"
 #: A call works on its arguments and on about as much again.
 _WORKING_SET = 2
 
@@ -37,7 +37,8 @@ def rows(
     A row holds the median ``seconds`` of a call with quartiles ``q1``, ``q3`` and ``best`` over ``rounds`` of
     ``calls`` each; ``bytes`` it must move and the ``bandwidth`` that follows (bytes a second); ``operations`` of the
     formula; ``elements_per_second``; ``copy_seconds``; ``copies``, its time in copies of the data;
-    ``of_copy_bandwidth``; ``of_roofline``, the share of the time that bytes or operations take at the measured `roofs`;
+    ``of_copy_bandwidth``; ``of_roofline``, the time that its bytes or operations take at the measured `roofs`, or its
+    bytes as a plain copy of as many that took its turns, too, over ``seconds``;
     ``over_floor``, how many times longer than the floor, as the median over the rounds; ``peak_bytes``, the most memory
     that a call allocates at once; ``timing`` (host, events, graph) with ``launched_seconds`` beside a graph; and
     ``buffers``, the copies of the data that calls go round. A peer without a form of the case has its reason in
@@ -58,6 +59,8 @@ def rows(
     with device.active(), measure.threads(threads) if device.kind == "cpu" else contextlib.nullcontext():
         copies = [case.data(device.place) for _ in range(timer.copies(_WORKING_SET * case.bytes))]
         calls, missing = {_COPY: [measure.copy_of(data.x) for data in copies]}, {}
+        if roofs is not None:
+            calls[_ROOF] = [_copy_of_bytes(case.bytes, device.place) for _ in copies]
         for peer in peers:
             try:
                 calls[peer] = prepare_all(peer, copies)
@@ -77,6 +80,12 @@ def rows(
             row["backend"] = _backend(device)
         found.append(row)
     return found
+
+
+def _copy_of_bytes(moved: int, place: torch.device) -> Callable[[], object]:
+    """A copy that moves as many bytes as a case: half of them read, half written, so that the caches serve it as they
+    would serve the case."""
+    return measure.copy_of(torch.zeros(max(moved // 8, 1), device=place))
 
 
 def _backend(device: Device) -> str:
@@ -105,7 +114,8 @@ def _numbers(
         "peak_bytes": peak,
     }
     if roofs is not None:
-        least = roofs.least(moved, operations, name_of(case.dtype), copied)
+        copied_whole = case.bytes / timings[_ROOF].median
+        least = roofs.least(moved, operations, name_of(case.dtype), copied_whole)
         numbers["of_roofline"] = least / timing.median
     return numbers
 

@@ -147,7 +147,7 @@ def test_a_lost_device_is_told_from_a_defect(benchmarks):
         run.guarded(gpu(benchmarks, FakeCuda()), fails)
     with pytest.raises(KeyError, match="a defect"):
         run.guarded(CPU, fails)
-    with pytest.raises(devices.Lost, match="^cuda:0 no longer answers: CUDA error: the GPU has fallen off the bus$"):
+    with pytest.raises(devices.Lost, match=r"^cuda:0 no longer answers: CUDA error: the GPU has fallen off the bus$"):
         run.guarded(gpu(benchmarks, FakeCuda(lost_after=-1)), fails)
 
 

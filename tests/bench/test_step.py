@@ -57,7 +57,7 @@ def test_both_sams_climb_alike_and_come_back(step, monkeypatch):
     found, _ = losses(step, case, case.variants(["fp32", "fastflat", "builtin"]), monkeypatch)
     assert set(found) == {("builtin", "sgd")} | {(p, o) for p in ("fp32", "fastflat") for o in step.OPTIMIZERS}
     for peer in ("fp32", "fastflat"):
-        (plain,), (first, second), (ours, theirs) = (found[peer, o] for o in step.OPTIMIZERS)
+        (plain,), (first, second), (ours, _) = (found[peer, o] for o in step.OPTIMIZERS)
         assert first == pytest.approx(plain, rel=1e-6)  # the weights are where they were, after a step
         assert ours == pytest.approx(plain, rel=1e-6)
         assert second > plain
