@@ -28,7 +28,7 @@ help:
 	@echo "make build   compile the libraries that this machine can build"
 	@echo "make peers   install torchao, Brevitas and Model-Optimizer: make test and make bench then compare with them"
 	@echo "make lint    formatters and checks, changing nothing          make format applies them"
-	@echo "make bench   the quantizer benchmark on this machine"
+	@echo "make bench   the benchmarks on this machine, with a page in build/bench.html; ARGS=--quick takes minutes"
 	@echo "make wheel   a wheel in dist/"
 	@echo "make matrix  the same libraries under a second Python and torch"
 	@echo "make audit   compiled kernels against their budget; needs nvcc or triton, no GPU"
@@ -70,7 +70,7 @@ demo: build
 	$(BIN)/fastflat train --demo
 
 bench: build
-	$(BIN)/fastflat bench quantize $(ARGS)
+	$(BIN)/fastflat bench run --device all --html build/bench.html $(ARGS)
 
 audit: build
 	$(BIN)/fastflat audit $(ARGS)
@@ -112,7 +112,7 @@ gpu: build
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -m "gpu and not slow" tests/ops
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -m "gpu and not slow" tests/ops
 	mkdir -p benchmarks/results
-	$(BIN)/fastflat bench quantize --device cuda --json benchmarks/results/quantize-gpu.json
+	$(BIN)/fastflat bench run --device cuda --json benchmarks/results/run-gpu.json --html build/run-gpu.html
 
 clean:
 	rm -rf build dist *.egg-info fastflat/libfastflat_*.so fastflat/_build_info.json $(VENV2)

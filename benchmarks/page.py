@@ -76,7 +76,8 @@ def parts(result: dict[str, Any]) -> list[dict[str, Any]]:
     for section in sections.of(result):
         kind = "steps" if section.family in sections.NETWORKS else "kernels"
         figures = [("Samples per second", plots.samples(section.rows))]
-        figures.append(("Time", plots.times(section.rows)))
+        if figures[0][1] is None:
+            figures.append(("Time", plots.times(section.rows)))
         figures.append(("Bandwidth by size", plots.sizes(section.rows)))
         figures.append(("Peak memory", plots.memory(section.rows)))
         found.append(_part(section.title, kind, figures, section.table))

@@ -92,7 +92,7 @@ def _dots(rows: Sequence[dict[str, Any]], field: str, title: str, text: Callable
     order = list(dict.fromkeys(map(_safe, named.values())))[::-1]
     fields = ("q1", "q3") if field == "seconds" else (field,)
     figure.update_xaxes(title_text=title, **_ticks([row[f] for row in rows for f in fields], text))
-    figure.update_yaxes(categoryorder="array", categoryarray=order, automargin=True)
+    figure.update_yaxes(categoryorder="array", categoryarray=order, range=[-0.7, len(order) - 0.3])
     return _finished(figure, _FRAME + _LINE * len(order))
 
 
@@ -142,29 +142,7 @@ def _powers(counts: Iterable[int]) -> dict[str, Any]:
 def samples(rows: Sequence[dict[str, Any]]):
     """Samples a second of a training step; None without such rows."""
     shown = [row for row in rows if row.get("samples_per_second")]
-    if not shown:
-        return None
-    texts = dict(zip(map(id, shown), _labels(shown, ["optimizer", "bits"]), strict=True))
-    figure = _graph().Figure()
-    for optimizer in dict.fromkeys(row["optimizer"] for row in shown):
-        for number, peer in enumerate(_peers(shown)):
-            mine = [row for row in shown if (row["peer"], row["optimizer"]) == (peer, optimizer)]
-            if not mine:
-                continue
-            name = peer if optimizer == "sgd" else f"{peer}, {optimizer}"
-            pattern = {"sgd": "", "sam": "/", "sam-loop": "x"}.get(optimizer, ".")
-            figure.add_bar(
-                x=[_safe(texts[id(row)]) for row in mine], y=[row["samples_per_second"] for row in mine],
-                name=_safe(name), marker={"color": _colour(peer, number), "pattern": {"shape": pattern}},
-                customdata=[_numbers(row) for row in mine],
-                hovertemplate="%{x}<br>%{customdata}<extra>" + _safe(name) + "</extra>",
-            )  # fmt: skip
-    figure.update_layout(barmode="group", bargap=0.2)
-    order = list(dict.fromkeys(map(_safe, texts.values())))
-    figure.update_xaxes(categoryorder="array", categoryarray=order)
-    rates = [row["samples_per_second"] for row in shown]
-    figure.update_yaxes(title_text="samples per second, more is better", **_ticks(rates, "{:g}".format))
-    return _finished(figure, 460)
+    return _dots(shown, "samples_per_second", "samples per second, more is better", "{:g}".format) if shown else None
 
 
 def audited(rows: Sequence[dict[str, Any]]):
@@ -185,7 +163,7 @@ def audited(rows: Sequence[dict[str, Any]]):
     bounds = [row["bound_seconds"] for row in rows]
     figure.update_xaxes(title_text="static bound, no measurement", **_ticks(bounds, report.seconds))
     order = list(dict.fromkeys(_safe(words) for words in text))[::-1]
-    figure.update_yaxes(categoryorder="array", categoryarray=order, automargin=True)
+    figure.update_yaxes(categoryorder="array", categoryarray=order, range=[-0.7, len(order) - 0.3])
     return _finished(figure, _FRAME + _LINE * len(order))
 
 

@@ -222,7 +222,7 @@ def curvature_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     gradients that one vector costs each peer, fastflat's error and its peak memory in those of a gradient."""
     rows = result["rows"]
     peers = list(dict.fromkeys(row["peer"] for row in rows))
-    head = ["matrix", "network", "parameters", "K", "threads", "gradient", "fastflat", *peers, "error", "peak"]
+    head = ["matrix", "network", "parameters", "K", "threads", "gradient", "our time", *peers, "error", "peak"]
     grouped: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in rows:
         key = tuple(row[f] for f in ("mode", "network", "quantized", "parameters", "k", "threads"))

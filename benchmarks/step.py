@@ -28,8 +28,16 @@ RHO, RATE, MOMENTUM = 0.05, 1e-9, 0.9
 MODES = ("eager", "compile")
 #: "sam-loop": the popular implementation over torch's SGD. Both SAMs do two passes a step.
 OPTIMIZERS = ("sgd", "sam-loop", "sam")
-#: With quantizers of these, when all peers are asked for; of the others a step with SGD says what there is to say.
+#: With SAM these alone: a step with SGD says what there is to say of the others.
 _WITH_SAM = ("fp32", "eager", "fastflat")
+#: Compiled, where each takes minutes to compile: the peers with SGD, then what one has without and with this package.
+_COMPILED = {
+    "sgd": ("fp32", "eager", "builtin", "fastflat", "fastflat-list"),
+    "sam-loop": ("eager",),
+    "sam": ("fastflat",),
+}
+#: Compiled forms of one model that dynamo keeps: more than there are variants.
+_FORMS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +82,10 @@ class TrainingCase:
         return f"{self.name} {self.mode} {'+'.join(self.optimizers)} batch {self.batch}"
 
     def variants(self, peers: Sequence[str]) -> list[tuple[str, str]]:
-        """Peers and optimizers: all peers with SGD; with SAM those that it is worth the time for."""
-        with_sam = [peer for peer in peers if peer in _WITH_SAM]
-        return [(p, o) for o in self.optimizers for p in (peers if o == "sgd" else with_sam)]
+        """Peers and optimizers: all peers with SGD; with SAM, and compiled, those that are worth the time."""
+        if self.mode == "compile":
+            return [(p, o) for o in self.optimizers for p in peers if p in _COMPILED[o]]
+        return [(p, o) for o in self.optimizers for p in peers if o == "sgd" or p in _WITH_SAM]
 
     def data(self, place: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
         """Model, samples and classes, the same in every run."""
@@ -98,11 +107,16 @@ def steps(
     some have none."""
     model, x, target = case.data(place)
     calls, missing = {}, {}
+    forms = contextlib.nullcontext()
+    if case.mode == "compile":
+        torch._dynamo.reset()
+        forms = torch._dynamo.config.patch(recompile_limit=_FORMS)
     for peer, optimizer in variants:
         try:
             own = _prepared(model, peer, case, x)
             call = _step(own, optimizer, case.mode, x, target)
-            call()
+            with forms:
+                call()
         except Exception as error:  # whatever a peer raises is its own: the other rows must not be lost
             if peer.startswith("fastflat") and case.mode == "eager":
                 raise
@@ -131,7 +145,6 @@ def _step(model: nn.Module, optimizer: str, mode: str, x: Tensor, target: Tensor
 
     forward = model
     if mode == "compile":
-        torch._dynamo.reset()
         forward = torch.compile(model, dynamic=False)
     params = list(model.parameters())
     # A rate this small keeps every model where it began, however often it is timed.

@@ -1,34 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases under pytest-benchmark: ``pytest benchmarks --benchmark-compare`` and its other options."""
+"""The cases of ``fastflat bench run`` under pytest-benchmark: ``pytest benchmarks --benchmark-compare`` and its other
+options."""
+
+import itertools
 
 import pytest
 import torch
 
-from .cases import (
-    bitplane,
-    descent,
-    fake_quantize,
-    fake_quantize_list,
-    general_quantize,
-    identity,
-    mixquant,
-    sharpness,
-    tangents,
-    vectors,
-)
-from .peers import PEERS, Unsupported, prepare
+from . import overview
+from .peers import Unsupported, prepare
 
 SIZES = (2**12, 2**16)
-CASES = [*fake_quantize.cases(SIZES, [torch.float32]), *identity.cases(SIZES, [torch.float32])]
-for module in (fake_quantize_list, general_quantize, mixquant, bitplane, vectors, tangents):
-    CASES += module.cases(SIZES, [torch.float32])
-for module in (sharpness, descent):
-    CASES += module.cases(["small"])
+CASES = list(itertools.chain.from_iterable([*overview.kernels(SIZES).values(), *overview.steps().values()]))
 
 
 @pytest.mark.parametrize(
     ("case", "peer"),
-    [(case, peer) for case in CASES for peer in PEERS[case.family] if peer != "compile"],
+    [(case, peer) for case in CASES for peer in overview.peers(case.family, compiled=False)],
     ids=lambda value: getattr(value, "label", value),
 )
 def test_case(benchmark, case, peer):
@@ -37,5 +25,5 @@ def test_case(benchmark, case, peer):
         call = prepare(peer, case.data(torch.device("cpu")))
     except Unsupported as reason:
         pytest.skip(str(reason))
-    benchmark.extra_info["bytes"] = case.bytes
+    benchmark.extra_info |= {"bytes": case.bytes, "operations": case.operations}
     benchmark(call)

@@ -174,8 +174,8 @@ def _compare(report: Report, arches: tuple[str, ...], languages: set[str], budge
 def recorded_runs(folder: Path) -> dict[str, str]:
     """``{"triton/fake_quantize": "ran on NAME, DATE"}`` from the committed records of runs on a GPU.
 
-    A record counts where it names ``gpu`` and ``date`` and has ``rows`` with ``backend``, ``family`` and
-    ``device: "cuda"``; the newest date wins.
+    A record counts where it names ``gpu`` and ``date`` and has ``rows`` with ``backend``, ``family`` and a ``device``
+    ``cuda`` or ``cuda:0``, ...; the newest date wins.
     """
     runs: dict[str, tuple[str, str]] = {}
     for path in sorted(folder.glob("*.json")):
@@ -186,7 +186,7 @@ def recorded_runs(folder: Path) -> dict[str, str]:
         if not isinstance(record, dict) or not record.get("gpu") or not record.get("date"):
             continue
         for row in record.get("rows", ()):
-            if row.get("device") == "cuda" and row.get("backend") in ("cuda", "triton"):
+            if str(row.get("device")).startswith("cuda") and row.get("backend") in ("cuda", "triton"):
                 key = f"{row['backend']}/{row.get('family')}"
                 runs[key] = max(runs.get(key, ("", "")), (record["date"], record["gpu"]))
     return {key: f"ran on {gpu}, {date}" for key, (date, gpu) in runs.items()}

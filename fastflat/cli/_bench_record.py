@@ -59,12 +59,15 @@ class Record:
             raise
         if self._lost:
             self._stopped("; ".join(self._lost))
-        self._write()
-        if self.result["rows"]:
+        count = len(self.result["rows"])
+        if count or not self._lost:
+            self._write()
             show(self.result)
         if self._lost:
-            there = f"; {len(self.result['rows'])} rows measured before are kept, marked incomplete"
-            raise click.ClickException(f"bench: {'; '.join(self._lost)}{there}")
+            kept = (
+                f"{count} rows measured before are kept, marked incomplete" if count else "no row was measured before"
+            )
+            raise click.ClickException(f"bench: {'; '.join(self._lost)}; {kept}")
 
     def measure(self, jobs: Iterable[Jobs]) -> None:
         """Do the jobs, given as device, list of the record, and work. A device that is lost ends its own jobs only."""
@@ -98,9 +101,7 @@ def _line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200]
 
 
-def roofline_jobs(
-    record: Record, device: Any, counts: Sequence[int], dtypes: Sequence[torch.dtype], effort: Any, quick: bool
-) -> Jobs:
+def roofline_jobs(device: Any, counts: Sequence[int], dtypes: Sequence[torch.dtype], effort: Any, quick: bool) -> Jobs:
     """The measurement that comes before all others."""
     roofline = package("roofline")
     work = [

@@ -92,7 +92,7 @@ def run(ctx: click.Context, **options: Any) -> None:
     jobs = []
     for device in devices:
         counts = common.threads_of(device, threads)
-        jobs.append(roofline_jobs(record, device, counts, dtypes, effort, quick))
+        jobs.append(roofline_jobs(device, counts, dtypes, effort, quick))
         families = {**(kernels if "kernels" in parts else {}), **(optimizers if "optimizers" in parts else {})}
         for family, own in families.items():
             jobs.append(kernel_jobs(record, device, counts, own, overview.peers(family, not quick), effort))

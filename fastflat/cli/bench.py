@@ -114,7 +114,7 @@ def _record(
     jobs = []
     for device in devices:
         counts = common.threads_of(device, threads)
-        jobs.append(roofline_jobs(record, device, counts, dtypes, effort, options["quick"]))
+        jobs.append(roofline_jobs(device, counts, dtypes, effort, options["quick"]))
         for family, own in cases.items():
             jobs.append(kernel_jobs(record, device, counts, own, peers[family], effort))
     with record.kept():

@@ -203,7 +203,7 @@ def figures(text):
 
 
 def body(text):
-    return text[text.index("<body>") :]
+    return text[text.index("\n<body>\n") :]
 
 
 def test_page_shows_the_numbers_and_the_machine(run, tmp_path, benchmarks):
