@@ -38,7 +38,7 @@ def rows(
     ``calls`` each; ``bytes`` it must move and the ``bandwidth`` that follows (bytes a second); ``operations`` of the
     formula; ``elements_per_second``; ``copy_seconds``; ``copies``, its time in copies of the data;
     ``of_copy_bandwidth``; ``of_roofline``, the time that its bytes or operations take at the measured `roofs`, or its
-    bytes as a plain copy of as many that took its turns, too, over ``seconds``;
+    bytes in the fastest round of a plain copy of as many, over ``seconds``;
     ``over_floor``, how many times longer than the floor, as the median over the rounds; ``peak_bytes``, the most memory
     that a call allocates at once; ``timing`` (host, events, graph) with ``launched_seconds`` beside a graph; and
     ``buffers``, the copies of the data that calls go round. A peer without a form of the case has its reason in
@@ -114,7 +114,7 @@ def _numbers(
         "peak_bytes": peak,
     }
     if roofs is not None:
-        copied_whole = case.bytes / timings[_ROOF].median
+        copied_whole = case.bytes / timings[_ROOF].best
         least = roofs.least(moved, operations, name_of(case.dtype), copied_whole)
         numbers["of_roofline"] = least / timing.median
     return numbers

@@ -17,7 +17,7 @@ QUIET = (
     *("--disable-background-networking", "--disable-component-update", "--timeout=20000"),
 )
 
-#: Clicks the head of the sixth column, the time of a step, twice and tells what stood there; runs behind the page's own script.
+#: Clicks the head of the sixth column, a step's time, twice and tells what stood there; runs behind the page's script.
 PROBE = """<script>
 const column = () => [...document.querySelectorAll("table")[0].tBodies[0].rows].map(r => r.cells[5].textContent);
 const told = [], head = document.querySelectorAll("table")[0].tHead.rows[0].cells[5];
