@@ -175,3 +175,36 @@ def test_the_cpus_line_has_clock_commit_and_day(benchmarks):
     line = benchmarks.machine.line(facts)
     assert ", 2600 MHz, performance;" in line
     assert f"commit abc, {facts['date']}" in line
+
+
+def test_the_stand_in_has_no_more_than_torch_cuda():
+    """What the benchmark asks of the stand-in it can ask of the real module, under the same names."""
+    own = {"place"}  # where the stand-in's tensors live
+    made = FakeCuda()
+    asked = {name for name in dir(made) if not name.startswith("_") and callable(getattr(made, name))} - own - {"clock"}
+    assert len(asked) > 10
+    assert [name for name in sorted(asked) if not hasattr(torch.cuda, name)] == []
+    assert not hasattr(torch.cuda, "place")
+    for name in ("record", "synchronize", "elapsed_time"):
+        assert hasattr(torch.cuda.Event, name)
+    assert hasattr(torch.cuda.CUDAGraph, "replay")
+
+
+@pytest.mark.gpu
+def test_rows_of_a_real_gpu(benchmarks):
+    """Short calls in graphs, long ones by events, all of them under the roof that was measured."""
+    device = bench.package("devices").find("cuda")[0]
+    roofline = bench.package("roofline")
+    effort = benchmarks.measure.QUICK
+    measured = roofline.rows(device, 1, [torch.float32], effort, quick=True)
+    roofs = roofline.roofs(measured, device.name, 1)
+    timings = set()
+    for size in (2**16, 2**26):
+        (case,) = bench.package("cases.fake_quantize").cases([size], [torch.float32], ["channel"])
+        rows = benchmarks.run.rows(case, ["mul", "fastflat", "eager"], 1, effort, device, roofs)
+        ours = {row["peer"]: row for row in rows}["fastflat"]
+        timings.add(ours["timing"])
+        assert 0 < ours["of_roofline"] < 1.1
+        assert ours["buffers"] > 1 or size == 2**26
+        assert ours["backend"] in ("cuda", "triton")
+    assert timings == {"graph", "events"}

@@ -67,6 +67,7 @@ def test_nothing_else_is(pure):
     tops = {name.split("/")[0] for name in names(pure)}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastflat"}
     assert "fastflat/py.typed" in names(pure)
+    assert {f"fastflat/benchmarks/{name}" for name in ("schema.json", "page.html.jinja")} <= names(pure)
     assert any(name.endswith("licenses/LICENSE") for name in names(pure))
     assert not [name for name in names(pure) if "pybind" in name or name.endswith((".cpp", ".cu", ".h", ".pyc"))]
 
