@@ -180,13 +180,16 @@ void group_elements(const GeneralGrid<C>& grid_, const GeneralQuantizeCall& call
   }
 }
 
-template <class C, bool floats, Noise noise, class Precision, bool plain = false>
+template <class C, bool floats, Noise noise, class Precision, GeneralForm form = GeneralForm::full>
 struct Rule {
+  static constexpr bool plain = form == GeneralForm::plain,
+                        eager = form == GeneralForm::divide || form == GeneralForm::reciprocal;
   static constexpr bool chained = noise == Noise::none && !floats;
 
   static FASTFLAT_HD auto code(const GeneralGrid<C>& grid, Precision precision, NoiseScale<C> scalars, C x, C xi,
                                const GeneralGroup<C>& g) {
     if constexpr (plain) return grid.code_of_plain(x, xi, g, scalars, floats, noise);
+    if constexpr (eager) return grid.code_of_eager(x, g, form == GeneralForm::reciprocal);
     return grid.code(x, xi, g, scalars, floats, noise, precision);
   }
 
@@ -197,7 +200,7 @@ struct Rule {
     for (int64_t i = 0; i < n; ++i) {
       const auto group = at(i);
       const auto c = code(grid, precision, scalars, x[i], xi[i], group);
-      y[i] = grid.result(c, x[i], group, noise);
+      y[i] = eager ? c.d * group.s : grid.result(c, x[i], group, noise);
     }
   }
 
@@ -227,6 +230,13 @@ struct Rule {
       if constexpr (plain && !all) {
         gx[i] = keep<C>(c.in, gy[i]);
         scale[i] = gy[i] * (c.d - keep<C>(c.in, c.u));
+        continue;
+      }
+      if constexpr (eager) {
+        gx[i] = keep<C>(c.in, grid.returned_of_eager(gy[i], group, form == GeneralForm::reciprocal));
+        scale[i] = gy[i] * (c.d - keep<C>(c.in, c.u));
+        if (all) outside[i] = keep<C>(~c.in, gy[i]);
+        if (all) of_delta[i] = C(0);
         continue;
       }
       const auto d = grid.backward(gy[i], x[i], c, group, delta, chained, precision);
@@ -307,9 +317,13 @@ const Kind<C>& kind_of(const GeneralQuantizeCall& call) {
   const Noise noise = call.drawn ? noise_of(call.rules) : Noise::none;
   if constexpr (sizeof(C) == 4) {
     if (GeneralGrid<C>::is_plain(call.qmax, call.rules, call.zero_point != nullptr)) {
-      if (noise == Noise::additive) return Rule<C, false, Noise::additive, Exact, true>::kind;
-      if (noise == Noise::stochastic) return Rule<C, false, Noise::stochastic, Exact, true>::kind;
-      return Rule<C, true, Noise::none, Exact, true>::kind;
+      if (noise == Noise::additive) return Rule<C, false, Noise::additive, Exact, GeneralForm::plain>::kind;
+      if (noise == Noise::stochastic) return Rule<C, false, Noise::stochastic, Exact, GeneralForm::plain>::kind;
+      return Rule<C, true, Noise::none, Exact, GeneralForm::plain>::kind;
+    }
+    if (GeneralGrid<C>::is_eager(call.rules) && call.delta == 0 && !call.need_delta) {
+      if (call.rules & rules::reciprocal) return Rule<C, false, Noise::none, Exact, GeneralForm::reciprocal>::kind;
+      return Rule<C, false, Noise::none, Exact, GeneralForm::divide>::kind;
     }
   }
   return GeneralGrid<C>::floats(call.rules) ? kind_by_noise<C, true>(noise) : kind_by_noise<C, false>(noise);

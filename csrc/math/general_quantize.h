@@ -27,6 +27,9 @@ namespace fastflat {
 
 enum class Noise { none, additive, stochastic, temper, bypass };
 
+// The whole rule, and forms of it that leave out what they have no use for, with the same bits.
+enum class GeneralForm { full, plain, divide, reciprocal };
+
 FASTFLAT_HD Noise noise_of(int64_t rules) {
   if (rules & (rules::noise_uniform | rules::noise_normal)) return Noise::additive;
   if (rules & rules::noise_temper) return Noise::temper;
@@ -158,6 +161,37 @@ struct GeneralGrid {
     c.e = c.u - c.d;
     c.in = base.pass_all | mask_of<C>((w >= base.qmin) & (w <= base.qmax));
     return c;
+  }
+
+  // Whether code_of_eager may stand in for code: an integer grid without draws, ties to even, NaN and infinity as they
+  // come, by any convention for zero-point and mask. So compute chains of eager operations.
+  FASTFLAT_HD static bool is_eager(int64_t rules) {
+    const int64_t known = rules::reciprocal | rules::zero_inside | rules::zero_float | rules::mask_after |
+                          rules::mask_none | rules::positive_zero | rules::through_chain | rules::nan_passes;
+    return (rules & ~known) == 0;
+  }
+
+  // What of code such rules have use for, with the same bits.
+  FASTFLAT_HD Code code_of_eager(C x, const GeneralGroup<C>& g, bool reciprocal) const {
+    Code c;
+    c.kept = 0;
+    c.u = reciprocal ? x * g.mul : x / g.div;
+    const C v = c.u + g.z_in;
+    const C w = v + g.z_out;
+    const C r = round_even(v) + g.z_out;
+    // The clamp keeps a -0 that meets qmin = 0, which the addition mends.
+    const C q = between(r, base.qmin, base.qmax) + (base.qmin == C(0) ? C(0) : -C(0));
+    c.d = (q - g.z) + base.zero_fix;
+    c.e = c.u - c.d;
+    const bool on_grid = (w >= base.from) & (w <= base.to) & (r >= base.after_from) & (r <= base.after_to);
+    c.in = base.pass_all | (nan_passes & mask_of<C>(w != w)) | mask_of<C>(on_grid);
+    return c;
+  }
+
+  // The gradient that passes there, before the mask.
+  FASTFLAT_HD C returned_of_eager(C gy, const GeneralGroup<C>& g, bool reciprocal) const {
+    const C scaled = gy * g.s;
+    return choose(chain, reciprocal ? scaled * g.mul : scaled / g.div, gy);
   }
 
   // `floats` and `noise` follow from the rules; callers that know them at compile time pass constants.

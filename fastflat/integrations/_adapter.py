@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -65,6 +65,14 @@ class Adapter:
         """The module's own forward."""
         base = getattr(type(module), "_fastflat_base", type(module))
         return base.forward(module, *args, **kwargs)
+
+    def sums(self, module: nn.Module) -> tuple[str, ...] | None:
+        """:attr:`summed` for this module in the state that it is in."""
+        return self.summed
+
+    def stages(self, module: nn.Module) -> Iterable[Callable[[nn.Module], object]]:
+        """What brings a copy into each state that must be probed; by default it stays as it is."""
+        return (lambda twin: None,)
 
     def examples(self, module: nn.Module) -> Iterable[tuple]:
         """Arguments of probe calls, one after another; the first tensor of each is the one whose gradient counts.

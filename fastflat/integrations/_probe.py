@@ -32,26 +32,35 @@ def difference(module: nn.Module, adapter: Adapter) -> str | None:
     Both work on copies in training and in evaluation mode, call after call; the random state stays as it is.
     """
     for training in (True, False):
-        theirs, ours = _copied(module).train(training), _copied(module).train(training)
-        swap(ours, adapter)
-        mode = "training" if training else "evaluation"
-        count = 0
-        for number, args in enumerate(adapter.examples(module), 1):
-            count = number
-            try:
-                expected = outcome(theirs, args, number)
-            except Exception as error:  # what a module of someone else's raises, no adapter can be held to
-                return f"its own forward raised {_line(error)} on probe {number}"
-            try:
-                found = outcome(ours, args, number)
-            except Exception as error:
-                return f"the adapter raised {_line(error)} on probe {number}"
-            reason = _compared(expected, found, adapter)
+        for prepare in adapter.stages(module):
+            theirs, ours = _copied(module).train(training), _copied(module).train(training)
+            prepare(theirs)
+            prepare(ours)
+            swap(ours, adapter)
+            reason = _run(module, theirs, ours, adapter, "training" if training else "evaluation")
             if reason:
-                return f"{reason} on probe {number} in {mode} mode"
-        if not count:
-            return "the adapter has no examples to probe it with"
+                return reason
     return None
+
+
+def _run(module: nn.Module, theirs: nn.Module, ours: nn.Module, adapter: Adapter, mode: str) -> str | None:
+    """The examples one after another on both copies."""
+    count = 0
+    for number, args in enumerate(adapter.examples(module), 1):
+        count = number
+        summed = adapter.sums(theirs)
+        try:
+            expected = outcome(theirs, args, number)
+        except Exception as error:  # what a module of someone else's raises, no adapter can be held to
+            return f"its own forward raised {_line(error)} on probe {number}"
+        try:
+            found = outcome(ours, args, number)
+        except Exception as error:
+            return f"the adapter raised {_line(error)} on probe {number}"
+        reason = _compared(expected, found, summed)
+        if reason:
+            return f"{reason} on probe {number} in {mode} mode"
+    return None if count else "the adapter has no examples to probe it with"
 
 
 def _copied(module: nn.Module) -> nn.Module:
@@ -82,7 +91,7 @@ def outcome(module: nn.Module, args: tuple, seed: int) -> Outcome:
     return Outcome([y.detach() if isinstance(y, Tensor) else y for y in results], gradients, state)
 
 
-def _compared(expected: Outcome, found: Outcome, adapter: Adapter) -> str | None:
+def _compared(expected: Outcome, found: Outcome, sums: tuple[str, ...] | None) -> str | None:
     if len(expected.results) != len(found.results):
         return f"{len(found.results)} results in place of {len(expected.results)}"
     for number, (a, b) in enumerate(zip(expected.results, found.results, strict=True)):
@@ -91,7 +100,7 @@ def _compared(expected: Outcome, found: Outcome, adapter: Adapter) -> str | None
             return f"{'the result' if number == 0 else f'result {number}'} {reason}"
     for name, a in expected.gradients.items():
         b = found.gradients.get(name)
-        summed = name != "input" if adapter.summed is None else name in adapter.summed
+        summed = name != "input" if sums is None else name in sums
         reason = _far(a, b, expected) if summed else _unlike(a, b)
         if reason:
             return f"the gradient of {name} {reason}"
