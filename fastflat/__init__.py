@@ -26,6 +26,7 @@ __all__ = [
     "FallbackWarning",
     "QuantSpec",
     "accelerate",
+    "accelerate_optimizer",
     "backend",
     "backends",
     "binarize",
@@ -54,7 +55,13 @@ __all__ = [
 
 
 #: Imported on first use: a tenth of a second that most programs do not need.
-_LATER = {"curvature": None, "integrations": None, "accelerate": "integrations", "restore": "integrations"}
+_LATER = {
+    "curvature": None,
+    "integrations": None,
+    "accelerate": "integrations",
+    "accelerate_optimizer": "integrations",
+    "restore": "integrations",
+}
 
 
 def __getattr__(name: str):

@@ -43,6 +43,7 @@ RULES = {
     "inverse": 268435456,
     "mask_absmax": 536870912,
     "nan_passes": 1073741824,
+    "rectified": 2147483648,
 }
 
 #: Largest value, smallest normal value and 2^-mantissa bits of the minifloat formats (OCP MX v1.0, section 5.3; OFP8
@@ -139,6 +140,8 @@ class QuantSpec:
             by the elements beyond the grid alone (Choi et al., 2018); ``"ewgs"`` is ``"lsq"`` with the gradient that
             passes multiplied by ``1 + delta sign(gradient) (u - q)`` (Lee et al., CVPR 2021, eq. 5).
         noise: see above; evaluation is always Q(x), see :meth:`evaluation`.
+        rectified: x is ``max(x, 0)``, and elements that are not above 0 pass no gradient: a ReLU in the same pass.
+            Integer grids without chance.
     """
 
     bits: int = 8
@@ -164,6 +167,7 @@ class QuantSpec:
     compute: str = "fp32"
     estimator: str = "ste"
     noise: str = "none"
+    rectified: bool = False
 
     def __post_init__(self) -> None:
         def fail(field: str, want: str, hint: str = "") -> None:
@@ -190,9 +194,13 @@ class QuantSpec:
             )
         if self.compute == "input" and self.format not in ("int", "ternary"):
             fail("compute", f"'fp32' with format={self.format!r}")
-        for field in ("signed", "narrow", "symmetric", "signed_zero"):
+        for field in ("signed", "narrow", "symmetric", "signed_zero", "rectified"):
             if not isinstance(getattr(self, field), bool):
                 fail(field, "True or False")
+        if self.rectified:
+            chance = self.noise != "none" or self.rounding == "stochastic"
+            if chance or self.format not in ("int", "ternary") or self.estimator in ("pact", "ewgs"):
+                fail("rectified", "False with chance, a floating-point format, or estimator 'pact' or 'ewgs'")
         if self.arithmetic == "inverse":
             for field, want in (("noise", "none"), ("estimator", "ste"), ("symmetric", True), ("scale_is", "s")):
                 if getattr(self, field) != want:
@@ -417,6 +425,7 @@ class QuantSpec:
             ("inverse", self.arithmetic == "inverse"),
             ("mask_absmax", self.mask == "absmax"),
             ("nan_passes", self.nan_gradient == "pass"),
+            ("rectified", self.rectified),
             (f"noise_{self.noise}", self.noise != "none"),
             (self.format, self.format not in ("int", "ternary")),
         )

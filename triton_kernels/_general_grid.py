@@ -179,6 +179,8 @@ def code(
     s, by, _, z, reach = group
     nu, a = scalars
     qmin, qmax = grid[0], grid[1]
+    if _rules.RECTIFIED & RULES:
+        x = tl.where(x <= 0.0, 0.0, x)
     if (_rules.INVERSE | _rules.RECIPROCAL) & RULES:
         u = _precise(x * by, RULES, STORAGE)
     else:
@@ -228,6 +230,8 @@ def code(
             m = (w >= qmin) & (w <= qmax)
         if _rules.NAN_PASSES & RULES:
             m = m | (w != w)
+    if _rules.RECTIFIED & RULES:
+        m = m & (x != 0.0)
     if _rules.NOISE_TEMPER & RULES:
         clip = _clamped(w, qmin, qmax)
         if ZERO & PRESENT:

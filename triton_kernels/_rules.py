@@ -35,6 +35,7 @@ THROUGH_CHAIN = tl.constexpr(134217728)
 INVERSE = tl.constexpr(268435456)
 MASK_ABSMAX = tl.constexpr(536870912)
 NAN_PASSES = tl.constexpr(1073741824)
+RECTIFIED = tl.constexpr(2147483648)
 
 MINIFLOATS = tl.constexpr(E4M3.value | E5M2.value | E3M2.value | E2M3.value | E2M1.value)
 #: Noise that is added before the clamp, which then takes the place of rounding.

@@ -91,7 +91,7 @@ struct GeneralGrid {
 
   IntegerGrid<C> base;  // limits and conventions
   Minifloat<C> format;
-  Mask away, binary, pact, chain, nan_passes, by_reach;
+  Mask away, binary, pact, chain, nan_passes, by_reach, rectified;
   bool inverse;
 
   FASTFLAT_HD static bool floats(int64_t rules) { return (rules & minifloats) != 0; }
@@ -106,6 +106,7 @@ struct GeneralGrid {
     grid.pact = mask_of<C>(rules & rules::pact);
     grid.chain = mask_of<C>(rules & rules::through_chain);
     grid.nan_passes = mask_of<C>(rules & rules::nan_passes);
+    grid.rectified = mask_of<C>(rules & rules::rectified);
     grid.by_reach = mask_of<C>(rules & rules::mask_absmax);
     grid.inverse = rules & rules::inverse;
     return grid;
@@ -167,7 +168,8 @@ struct GeneralGrid {
   // come, by any convention for zero-point and mask. So compute chains of eager operations.
   FASTFLAT_HD static bool is_eager(int64_t rules) {
     const int64_t known = rules::reciprocal | rules::zero_inside | rules::zero_float | rules::mask_after |
-                          rules::mask_none | rules::positive_zero | rules::through_chain | rules::nan_passes;
+                          rules::mask_none | rules::positive_zero | rules::through_chain | rules::nan_passes |
+                          rules::rectified;
     return (rules & ~known) == 0;
   }
 
@@ -175,6 +177,8 @@ struct GeneralGrid {
   FASTFLAT_HD Code code_of_eager(C x, const GeneralGroup<C>& g, bool reciprocal) const {
     Code c;
     c.kept = 0;
+    const Mask dark = rectified & mask_of<C>(x <= C(0));
+    x = keep<C>(~dark, x);
     c.u = reciprocal ? x * g.mul : x / g.div;
     const C v = c.u + g.z_in;
     const C w = v + g.z_out;
@@ -184,7 +188,7 @@ struct GeneralGrid {
     c.d = (q - g.z) + base.zero_fix;
     c.e = c.u - c.d;
     const bool on_grid = (w >= base.from) & (w <= base.to) & (r >= base.after_from) & (r <= base.after_to);
-    c.in = base.pass_all | (nan_passes & mask_of<C>(w != w)) | mask_of<C>(on_grid);
+    c.in = (base.pass_all | (nan_passes & mask_of<C>(w != w)) | mask_of<C>(on_grid)) & ~dark;
     return c;
   }
 
@@ -201,6 +205,8 @@ struct GeneralGrid {
     Code c;
     c.kept = 0;
     const C xi = draw - scale.shift;
+    const Mask dark = rectified & mask_of<C>(x <= C(0));
+    x = keep<C>(~dark, x);
     c.u = precision((x * g.mul) / g.div);
     C v = precision(c.u + g.z_in);
     if (noise == Noise::additive) v = v + scale.nu * xi;
@@ -229,6 +235,7 @@ struct GeneralGrid {
     const Mask near_zero = mask_of<C>(std::fabs(x) <= g.reach);
     c.in = base.pass_all | (nan_passes & mask_of<C>(w != w)) |
            (noise == Noise::none ? (by_reach & near_zero) | (~by_reach & mask_of<C>(on_grid)) : mask_of<C>(on_grid));
+    c.in = c.in & ~dark;
     if (noise == Noise::temper) {
       const C up = w > base.qmin ? w : base.qmin;
       const C clip = (up < base.qmax ? up : base.qmax) - g.z;

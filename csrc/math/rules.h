@@ -39,6 +39,7 @@ inline constexpr int64_t through_chain = 134217728;  // dx = m ((gy s) / s), as 
 inline constexpr int64_t inverse = 268435456;      // the scale is a largest magnitude p: k = qmax/p, u = x k, y = d / k
 inline constexpr int64_t mask_absmax = 536870912;  // gradient where |x| <= p
 inline constexpr int64_t nan_passes = 1073741824;  // NaN passes its gradient
+inline constexpr int64_t rectified = 2147483648;   // x is max(x, 0); what is not above 0 passes no gradient
 
 // Rules that only the general_quantize family knows.
 inline constexpr int64_t general = ~int64_t{255};

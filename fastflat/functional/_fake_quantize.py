@@ -84,7 +84,7 @@ def fake_quantize(
     ICLR 2021 (bypass); Wang et al., 2022 (temper).
     """
     op = "fake_quantize"
-    plan = _plan(op, x, scale, zero_point, spec, dtype)
+    plan = plan_of(op, x, scale, zero_point, spec, dtype)
     compute = compute_dtype(x.dtype)
     if scale.dtype is not compute:
         scale = scale.to(compute)
@@ -226,7 +226,7 @@ def _kernels_for(x: Tensor):
     return None if torch.compiler.is_compiling() else kernels(x.device.type)
 
 
-def _plan(
+def plan_of(
     op: str, x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, dtype: torch.dtype | None
 ) -> rule.Plan:
     """The checked, cached description of a call; a second call with the same metadata costs one look-up."""

@@ -1,12 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other libraries' quantizers, computed by fastflat: :func:`accelerate` and :func:`restore`, and adapters for one's
-own."""
+"""Other libraries' quantizers and sharpness-aware optimizers, computed by fastflat: :func:`accelerate`,
+:func:`accelerate_optimizer` and :func:`restore`, and adapters for one's own."""
 
+from torch import nn
+from torch.optim import Optimizer
+
+from fastflat import _checks
 from fastflat.integrations import brevitas, torch_ao
-from fastflat.integrations._accelerate import Entry, Report, accelerate, restore
+from fastflat.integrations._accelerate import Entry, Report, accelerate, restore_model
 from fastflat.integrations._adapter import Adapter, register, registered, unregister
+from fastflat.integrations.optimizers import accelerate_optimizer, restore_optimizer
 
-__all__ = ["Adapter", "Entry", "Report", "accelerate", "register", "registered", "restore", "unregister"]
+__all__ = [
+    "Adapter",
+    "Entry",
+    "Report",
+    "accelerate",
+    "accelerate_optimizer",
+    "register",
+    "registered",
+    "restore",
+    "unregister",
+]
+
+
+def restore(model: nn.Module | Optimizer) -> int:
+    """Put the modules' own forward, or an optimizer's own passes, back, with the state that they have now.
+
+    Returns:
+        How many modules :func:`accelerate`, or 1 where :func:`accelerate_optimizer`, had swapped.
+    """
+    if isinstance(model, Optimizer):
+        return restore_optimizer(model)
+    if not isinstance(model, nn.Module):
+        _checks.fail("restore", "model", "be a torch.nn.Module or a torch.optim.Optimizer", type(model))
+    return restore_model(model)
+
 
 for _adapter in (torch_ao.FakeQuantize(), brevitas.Weights(), brevitas.Activations()):
     register(_adapter)

@@ -102,14 +102,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     return report
 
 
-def restore(model: nn.Module) -> int:
-    """Put the modules' own forward back, with the state that they have now.
-
-    Returns:
-        How many modules :func:`accelerate` had swapped.
-    """
-    if not isinstance(model, nn.Module):
-        _checks.fail("restore", "model", "be a torch.nn.Module", type(model))
+def restore_model(model: nn.Module) -> int:
+    """Put the modules' own forward back, with the state that they have now; how many had been swapped."""
     return sum(swap_back(module) for module in model.modules())
 
 

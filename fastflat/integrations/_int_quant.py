@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Brevitas' RescalingIntQuant: what it computes, read off its parts, and the same computed by fastflat.
 
-Its scale stays a function of whatever it was a function of, statistics in the graph included; the commonest of these
-functions are written with fewer operations, the others are called as they are::
-
-    s = |v| / threshold      v a parameter or the largest magnitude of x, |v| held at a least value
-    y = (clamp(round(x / s + z)) - z) s
+Its scale stays a function of whatever it was a function of, statistics in the graph included: the commonest of these
+functions are :mod:`fastflat.integrations._measured`, the others are called as they are.
 """
 
 from __future__ import annotations
@@ -16,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from fastflat._spec import QuantSpec
 from fastflat.functional import fake_quantize
 from fastflat.integrations._grid import grid
+from fastflat.integrations._measured import Measure, Quantized, Size
 
 
 class Form(NamedTuple):
@@ -28,12 +25,14 @@ class Form(NamedTuple):
 
     bits: Tensor  # its bit width, as it was read
     version: int
-    specs: dict[tuple[int | None, bool], QuantSpec]  # by axis of the scale and whether that is trained
-    threshold: Tensor  # what Brevitas divides the scale by
-    source: str  # what its scale is a function of: "stage", "value", "absmax"; "" if it is not known here
-    least: float  # the least |v|; 0 without one
+    specs: dict[tuple[int | None, bool, bool], QuantSpec]  # by axis of the scale, whether it is trained, and a ReLU
+    source: str  # what its scale is a function of: "stage", "value", "absmax", "stats"; "" if it is not known here
+    measure: Measure  # how it follows from that
     zero: bool  # its zero-point is 0
 
+
+#: Types in which arithmetic is exact to the bit whatever the order of conversions.
+_WIDE = (torch.float32, torch.float64)
 
 #: Forms by module: read again when a bit width was written, gone with the module.
 _FORMS: weakref.WeakKeyDictionary[nn.Module, Form] = weakref.WeakKeyDictionary()
@@ -98,41 +97,79 @@ def ends(quant: nn.Module) -> tuple[int, int]:
     return int(quant.int_quant.min_int(bits)), int(quant.int_quant.max_int(bits))
 
 
-def quantize(quant: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the forward of a RescalingIntQuant without a :func:`reason` returns: y, scale, zero-point, bit width."""
-    form = _form(quant)
+def quantize(quant: nn.Module, x: Tensor, rectified: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the forward of a RescalingIntQuant without a :func:`reason` returns for x, or for max(x, 0) if
+    ``rectified``: y, scale, zero-point, bit width."""
+    form, scaling = _form(quant), quant.scaling_impl
     bits = form.bits.detach()
-    scale = _scale(form, quant.scaling_impl, x)
-    zero = quant.zero_point_impl.zero_point.value.detach() if form.zero else quant.zero_point_impl(x, scale, bits)
-    y = _on_grid(form, quant, scale, zero, x)
+    v, measure = _value(form, scaling)
+    if form.zero:
+        zero = quant.zero_point_impl.zero_point.value.detach()
+        axis = _axis(x if v is None else v, x) if v is not None else None
+        known = v is not None or (form.source == "absmax" and not rectified)
+        if known and axis != "" and x.dtype in _WIDE and x.dtype is form.bits.dtype is zero.dtype:
+            spec = _spec(form, axis, True, rectified)
+            return *Quantized.apply(x, v, _as_scale(zero, axis, v), spec, measure), zero, bits
+    if rectified:
+        x = torch.relu(x)
+    if v is not None:
+        scale = Size.apply(v, measure)
+    elif form.source == "absmax":
+        scale = Size.apply(x.abs().max(), measure)
+    elif form.source == "stats":
+        scale = Size.apply(scaling.parameter_list_stats(x), measure)
+    else:
+        scale = scaling(x, measure.threshold)
+    zero = zero if form.zero else quant.zero_point_impl(x, scale, bits)
+    y = _on_grid(form, scale, zero, x)
     return quant.int_quant(scale, zero, bits, x) if y is None else y, scale, zero, bits
 
 
-def _on_grid(form: Form, quant: nn.Module, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor | None:
+def _value(form: Form, scaling: nn.Module) -> tuple[Tensor | None, Measure]:
+    """The parameter that the scale is a function of, if it is one of a parameter now, and the function."""
+    if form.source == "stage" and scaling.counter > scaling.collect_stats_steps:  # its statistics are complete
+        return scaling.value, form.measure if scaling.training else form.measure._replace(late=True)
+    if form.source == "value" and getattr(scaling, "init_done", True):
+        return scaling.value, form.measure
+    return None, form.measure
+
+
+def _axis(scale: Tensor, x: Tensor) -> int | str | None:
+    """The channels of x that have a scale each; "" where the shape is another."""
+    if scale.numel() == 1:
+        return None if scale.dim() <= x.dim() else ""
+    wide = [d for d, n in enumerate(scale.shape) if n != 1]
+    fits = scale.dim() == x.dim() and len(wide) == 1 and scale.numel() == x.shape[wide[0]]
+    return wide[0] if fits else ""
+
+
+def _as_scale(zero: Tensor, axis: int | None, scale: Tensor) -> Tensor:
+    """A zero-point in the shape of flat scales."""
+    if axis is None:
+        return zero.reshape(())
+    return zero.reshape(-1) if zero.numel() == scale.numel() else zero.reshape(1).expand(scale.numel()).contiguous()
+
+
+def _spec(form: Form, axis: int | None, trained: bool, rectified: bool) -> QuantSpec:
+    spec = form.specs.get((axis, trained, rectified))
+    if spec is None:
+        estimator = "lsq" if trained else "ste"
+        spec = form.specs[None, False, False].replace(axis=axis, estimator=estimator, rectified=rectified)
+        form.specs[axis, trained, rectified] = spec
+    return spec
+
+
+def _on_grid(form: Form, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor | None:
     """y; None where a spec has not the shapes or types at hand."""
     if not x.dtype is scale.dtype is zero.dtype:
         return None  # types are promoted operation by operation
     if x.dtype is torch.float16 and form.source not in ("stage", "value"):
         return None  # the least scale of statistics, 1e-10, is 0 there: NaN for zeros
-    axis = None
-    if scale.numel() != 1:
-        wide = [d for d, n in enumerate(scale.shape) if n != 1]
-        if scale.dim() != x.dim() or len(wide) != 1 or scale.numel() != x.shape[wide[0]]:
-            return None
-        axis = wide[0]
-    elif scale.dim() > x.dim():
+    axis = _axis(scale, x)
+    if axis == "" or zero.numel() not in (1, scale.numel()) or zero.dim() > x.dim():
         return None
-    if zero.numel() not in (1, scale.numel()) or zero.dim() > x.dim():
-        return None
-    trained = scale.requires_grad or zero.requires_grad
-    spec = form.specs.get((axis, trained))
-    if spec is None:
-        estimator = "lsq" if trained else "ste"
-        spec = form.specs[axis, trained] = form.specs[None, False].replace(axis=axis, estimator=estimator)
-    shape = () if axis is None else (-1,)
-    if zero.numel() != scale.numel():
-        zero = zero.reshape(1).expand(scale.numel()).contiguous()
-    return fake_quantize(x, scale.reshape(shape), zero.reshape(shape), spec=spec)
+    spec = _spec(form, axis, scale.requires_grad or zero.requires_grad, False)
+    return fake_quantize(x, scale.reshape(() if axis is None else -1), _as_scale(zero, axis, scale), spec=spec)
 
 
 def _bits(quant: nn.Module) -> Tensor:
@@ -151,7 +188,8 @@ def _form(quant: nn.Module) -> Form:
         spec = QuantSpec.brevitas(**{"weight": straight, "compute": "input", **fields})
         source, least = _source(quant.scaling_impl)
         zero = named(quant.zero_point_impl, "ZeroZeroPoint")
-        form = Form(bits, bits._version, {(None, False): spec}, threshold, source, least, zero)
+        measure = Measure(least, threshold, -threshold, False)
+        form = Form(bits, bits._version, {(None, False, False): spec}, source, measure, zero)
         _FORMS[quant] = form
     return form
 
@@ -159,27 +197,8 @@ def _form(quant: nn.Module) -> Form:
 # Scales --------------------------------------------------------------------------------------------------------------
 
 
-class Size(Function):
-    """|v| / threshold with |v| held at `least`, or the quotient with `late`; holding passes all gradients, and the
-    derivative of |v| at 0 is 1."""
-
-    @staticmethod
-    def forward(ctx, v, least, threshold, late):
-        ctx.save_for_backward(v, threshold)
-        size = v.abs()
-        if least and not late:
-            size = size.clamp_min(least)
-        size = size / threshold
-        return size.clamp_min(least) if least and late else size
-
-    @staticmethod
-    def backward(ctx, g):
-        v, threshold = ctx.saved_tensors
-        return (g / threshold) * torch.where(v >= 0, 1.0, -1.0).to(g.dtype), None, None, None
-
-
 def _source(impl: nn.Module) -> tuple[str, float]:
-    """What a scaling_impl is a function of, where :func:`_scale` knows the function, and its least value."""
+    """What a scaling_impl is a function of, where it is known here, and its least value."""
     if named(impl, "ParameterFromRuntimeStatsScaling"):
         restricted = (impl.restrict_scaling, impl.restrict_threshold, impl.restrict_scale_threshold)
         return ("stage" if _free(*restricted) else ""), abs(impl.clamp_scaling.min_val or 0.0)
@@ -215,17 +234,3 @@ def _free(scaling: nn.Module, threshold: nn.Module, quotient: nn.Module) -> bool
 
 def _least(holder: nn.Module) -> float:
     return getattr(holder.restrict_clamp_scaling.clamp_ste, "min_val", 0.0)
-
-
-def _scale(form: Form, impl: nn.Module, x: Tensor) -> Tensor:
-    """scaling_impl(x, threshold)."""
-    source, least, threshold = form.source, form.least, form.threshold
-    if source == "stage" and impl.counter > impl.collect_stats_steps:  # its statistics are complete
-        return Size.apply(impl.value, least, threshold, not impl.training)
-    if source == "value" and getattr(impl, "init_done", True):
-        return Size.apply(impl.value, least, threshold, False)
-    if source == "absmax":
-        return Size.apply(x.abs().max(), least, threshold, False)
-    if source == "stats" and named(impl.stats_scaling_impl.affine_rescaling, "Identity"):
-        return Size.apply(impl.parameter_list_stats(x), least, threshold, False)
-    return impl(x, threshold)

@@ -74,6 +74,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # Options and groups ----------------------------------------------------------------------------------------------
 
+    def adopt(self, param_groups: list, state: dict) -> None:
+        """Work on the groups and states of another optimizer, which stays their owner; groups must have every option
+        of this one."""
+        self.param_groups, self.state = param_groups, state
+        self._forget_plans()
+
     def _own_options(self) -> tuple[str, ...]:
         """Options of a group that are this class's, not the base's."""
         return ()

@@ -195,6 +195,7 @@ PYBIND11_MODULE(fastflat_functors, m) {
     table["inverse"] = rules::inverse;
     table["mask_absmax"] = rules::mask_absmax;
     table["nan_passes"] = rules::nan_passes;
+    table["rectified"] = rules::rectified;
     return table;
   });
 }

@@ -27,6 +27,7 @@ RULE_SETS = [
     INSIDE,
     rules_of("mask_none"),
     rules_of("nan_passes", "mask_after") | INSIDE,
+    rules_of("rectified", "mask_after", "through_chain") | INSIDE,
     *(RULES[name] for name in ("round_away", "pact", "binary", "through_chain", *MINIFLOATS, *NOISES)),
     rules_of("round_away", "mask_after", "zero_inside"),
     rules_of("noise_temper", "mask_after") | TORCH,

@@ -52,6 +52,8 @@ RULE_SETS = {
     "inverse": _R["inverse"] | _R["mask_absmax"],
     "inverse_none": _R["inverse"] | _R["mask_none"],
     "nan_passes": _R["nan_passes"] | _R["mask_after"] | _R["zero_inside"] | _R["zero_float"],
+    "rectified": _R["rectified"] | _R["mask_after"] | _R["through_chain"] | _R["zero_inside"] | _R["zero_float"],
+    "rectified_away": _R["rectified"] | _R["round_away"],
     "input": _R["compute_input"] | _R["reciprocal"],
     "input_after": _R["compute_input"] | _R["mask_after"] | _R["zero_inside"],
     "input_chain": _R["compute_input"] | _R["through_chain"],

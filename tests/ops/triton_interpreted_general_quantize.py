@@ -66,6 +66,7 @@ SETS = [
     "inverse mask_absmax",
     "inverse mask_none",
     "nan_passes mask_after zero_inside zero_float",
+    "rectified mask_after through_chain zero_inside zero_float",
 ]
 #: Formats and conventions without a zero-point.
 SYMMETRIC = {"binary", "inverse", "e4m3", "e5m2", "e3m2", "e2m3", "e2m1"}

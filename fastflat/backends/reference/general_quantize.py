@@ -74,6 +74,8 @@ def _draws(x: Tensor, state: Tensor | None, group: int, rules: int) -> Tensor | 
 
 def _prepare(x, scale, zero_point, state, nu, a, qmin, qmax, axis, group, eps, rules) -> _Call:
     data = blocked(x, group).to(compute_dtype(x.dtype))
+    if rules & RULES["rectified"]:
+        data = torch.where(data <= 0, 0.0, data)
     low = x.dtype if rules & RULES["compute_input"] else None
 
     def rounded(t: Tensor) -> Tensor:
@@ -168,6 +170,8 @@ def _code(c: _Call, qmin: int, qmax: int, rules: int) -> _Code:
         m = m | w.isnan()
     if rules & RULES["mask_none"]:
         m = torch.ones_like(m)
+    if rules & RULES["rectified"]:
+        m = m & (c.x != 0)
     if rules & RULES["noise_temper"]:
         d = (d + c.a * ((clamped(w) - c.z) - d)) + c.nu * c.xi
     if not rules & RULES["noise_bypass"]:
