@@ -65,7 +65,8 @@ class Quantized(Function):
         with below_autograd():
             size = x.abs().max() if v is None else v
             scale = measure.of(size)
-            flat = scale.reshape(-1) if spec.axis is not None else scale.reshape(())
+            # What is saved is the output itself or memory of its own: a view of an output would keep its own graph.
+            flat = scale if scale.dim() == (spec.axis is not None) else scale.clone().reshape(_flat(spec))
             plan = plan_of("fake_quantize", x, flat, zero_point, spec, None)
             y = plan.kernels.general_quantize(x, flat, zero_point, None, None, None, *plan.grid, None)
         ctx.save_for_backward(x, size if v is None else None, v, flat, zero_point)
@@ -94,11 +95,14 @@ class Quantized(Function):
             return gx.addcmul_(hit, x.sign()), None, None, None, None
 
 
+def _flat(spec: QuantSpec) -> tuple[int, ...]:
+    return () if spec.axis is None else (-1,)
+
+
 def composed(x: Tensor, v: Tensor | None, zero_point: Tensor, spec: QuantSpec, measure: Measure) -> tuple:
     """(y, s) by separate Functions."""
     scale = Size.apply(x.abs().max() if v is None else v, measure)
-    flat = scale.reshape(-1) if spec.axis is not None else scale.reshape(())
-    return fake_quantize(x, flat, zero_point, spec=spec), scale
+    return fake_quantize(x, scale.reshape(_flat(spec)), zero_point, spec=spec), scale
 
 
 def _differentiable(ctx, x, v, zero_point, gy, g_scale):

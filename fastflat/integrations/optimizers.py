@@ -150,7 +150,7 @@ class _Engine:
 
     def release(self) -> None:
         """The counts of steps as torch.optim keeps them, one tensor each."""
-        for p, state in self.sam.state.items() if self.fused else ():
+        for state in self.sam.state.values() if self.fused else ():
             if "step" in state:
                 state["step"] = state["step"].to(torch.float32, copy=True)
 
