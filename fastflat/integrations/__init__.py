@@ -6,14 +6,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastflat import _checks
-from fastflat.integrations import brevitas, torch_ao
+from fastflat.integrations import brevitas, discretizers, plain, torch_ao
 from fastflat.integrations._accelerate import Entry, Report, accelerate, restore_model
 from fastflat.integrations._adapter import Adapter, register, registered, unregister
+from fastflat.integrations.discretizers import Pact
 from fastflat.integrations.optimizers import accelerate_optimizer, restore_optimizer
+from fastflat.integrations.plain import Plain, PlainLayer
 
 __all__ = [
     "Adapter",
     "Entry",
+    "Pact",
+    "Plain",
+    "PlainLayer",
     "Report",
     "accelerate",
     "accelerate_optimizer",
@@ -37,5 +42,8 @@ def restore(model: nn.Module | Optimizer) -> int:
     return restore_model(model)
 
 
+# Those asked first come last.
+for _adapter in (*plain.popular()[::-1], *discretizers.popular()[::-1]):
+    register(_adapter)
 for _adapter in (torch_ao.FakeQuantize(), brevitas.Weights(), brevitas.Activations()):
     register(_adapter)

@@ -81,14 +81,19 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     _checked("accelerate", model)
     entries, swaps = [], []
     for names, module in _named_once(model):
-        adapter = _adapter_of(module)
+        adapters = [a for a in registered() if a.applies(module)]
         if swapped_by(module) is not None:
             entries.append(Entry(names, type(module).__name__, True, swapped_by(module).name))
-        elif adapter is not None:
-            reason = _refusal(module, adapter)
-            entries.append(Entry(names, type(module).__name__, reason is None, reason or adapter.name))
-            if reason is None:
-                swaps.append((module, adapter))
+        elif adapters:
+            # Classes of one name differ from project to project: the first adapter that computes the same is it.
+            reasons = []
+            for adapter in adapters:
+                reasons.append(_refusal(module, adapter))
+                if reasons[-1] is None:
+                    swaps.append((module, adapter))
+                    break
+            fits = reasons[-1] is None
+            entries.append(Entry(names, type(module).__name__, fits, adapter.name if fits else reasons[0]))
         elif _unknown(module):
             entries.append(Entry(names, type(module).__name__, False, "no adapter knows it"))
     report = Report(tuple(entries))
@@ -123,10 +128,6 @@ def _named_once(model: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Module]]
         names.setdefault(id(module), []).append(name)
     for module in model.modules():
         yield tuple(names[id(module)]), module
-
-
-def _adapter_of(module: nn.Module) -> Adapter | None:
-    return next((a for a in registered() if a.applies(module)), None)
 
 
 def _refusal(module: nn.Module, adapter: Adapter) -> str | None:

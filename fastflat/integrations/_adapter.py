@@ -41,6 +41,9 @@ class Adapter:
 
     summed: tuple[str, ...] | None = None
 
+    def __deepcopy__(self, memo: dict) -> Adapter:
+        return self
+
     @property
     def name(self) -> str:
         """What reports say: the first line of the docstring."""

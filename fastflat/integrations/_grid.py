@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer grids of other libraries as fields of a spec."""
+"""Integer grids of other libraries as fields of a spec, and their scales in the shapes that a spec knows."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import Tensor
 
 
 def grid(qmin: int, qmax: int) -> dict[str, Any] | None:
@@ -22,3 +24,18 @@ def grid(qmin: int, qmax: int) -> dict[str, Any] | None:
     if not fits or not 1 <= bits <= 16 or (narrow and bits == 1):
         return None
     return {"bits": bits, "signed": signed, "narrow": narrow}
+
+
+def axis_of(scale: Tensor, x: Tensor) -> int | str | None:
+    """The axis of x whose channels have a scale each, for a scale that broadcasts against x; None if there is one scale
+    for all, "" where the shape is another."""
+    if scale.numel() == 1:
+        return None if scale.dim() <= max(x.dim(), 1) else ""
+    wide = [d for d, n in enumerate(scale.shape) if n != 1]
+    fits = scale.dim() == x.dim() and len(wide) == 1 and scale.numel() == x.shape[wide[0]]
+    return wide[0] if fits else ""
+
+
+def flat(axis: int | None) -> tuple[int, ...]:
+    """The shape to give a scale."""
+    return () if axis is None else (-1,)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastflat._spec import QuantSpec
 from fastflat.functional import fake_quantize
-from fastflat.integrations._grid import grid
+from fastflat.integrations._grid import axis_of, flat, grid
 from fastflat.integrations._measured import Measure, Quantized, Size
 
 
@@ -105,7 +105,7 @@ def quantize(quant: nn.Module, x: Tensor, rectified: bool = False) -> tuple[Tens
     v, measure = _value(form, scaling)
     if form.zero:
         zero = quant.zero_point_impl.zero_point.value.detach()
-        axis = _axis(x if v is None else v, x) if v is not None else None
+        axis = axis_of(x if v is None else v, x) if v is not None else None
         known = v is not None or (form.source == "absmax" and not rectified)
         if known and axis != "" and x.dtype in _WIDE and x.dtype is form.bits.dtype is zero.dtype:
             spec = _spec(form, axis, True, rectified)
@@ -134,15 +134,6 @@ def _value(form: Form, scaling: nn.Module) -> tuple[Tensor | None, Measure]:
     return None, form.measure
 
 
-def _axis(scale: Tensor, x: Tensor) -> int | str | None:
-    """The channels of x that have a scale each; "" where the shape is another."""
-    if scale.numel() == 1:
-        return None if scale.dim() <= x.dim() else ""
-    wide = [d for d, n in enumerate(scale.shape) if n != 1]
-    fits = scale.dim() == x.dim() and len(wide) == 1 and scale.numel() == x.shape[wide[0]]
-    return wide[0] if fits else ""
-
-
 def _as_scale(zero: Tensor, axis: int | None, scale: Tensor) -> Tensor:
     """A zero-point in the shape of flat scales."""
     if axis is None:
@@ -165,11 +156,11 @@ def _on_grid(form: Form, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor | Non
         return None  # types are promoted operation by operation
     if x.dtype is torch.float16 and form.source not in ("stage", "value"):
         return None  # the least scale of statistics, 1e-10, is 0 there: NaN for zeros
-    axis = _axis(scale, x)
+    axis = axis_of(scale, x)
     if axis == "" or zero.numel() not in (1, scale.numel()) or zero.dim() > x.dim():
         return None
     spec = _spec(form, axis, scale.requires_grad or zero.requires_grad, False)
-    return fake_quantize(x, scale.reshape(() if axis is None else -1), _as_scale(zero, axis, scale), spec=spec)
+    return fake_quantize(x, scale.reshape(flat(axis)), _as_scale(zero, axis, scale), spec=spec)
 
 
 def _bits(quant: nn.Module) -> Tensor:

@@ -112,9 +112,9 @@ class Activations(_Proxy):
             return self.original(module, x)
         if module.cache_inference_quant_act and not module.training:
             return self.original(module, x)
-        results = _int_quant.quantize(
-            fused.tensor_quant, fused.activation_impl(x if isinstance(x, Tensor) else x.value)
-        )
+        value, activation = x if isinstance(x, Tensor) else x.value, fused.activation_impl
+        rectified = type(activation) is nn.ReLU and not activation.inplace and not activation._forward_hooks
+        results = _int_quant.quantize(fused.tensor_quant, value if rectified else activation(value), rectified)
         return results[0] if module.skip_create_quant_tensor else module.create_quant_tensor(results, x=x)
 
     def examples(self, module: nn.Module) -> Iterator[tuple]:
