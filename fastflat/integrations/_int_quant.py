@@ -109,7 +109,9 @@ def quantize(quant: nn.Module, x: Tensor, rectified: bool = False) -> tuple[Tens
         known = v is not None or (form.source == "absmax" and not rectified)
         if known and axis != "" and x.dtype in _WIDE and x.dtype is form.bits.dtype is zero.dtype:
             spec = _spec(form, axis, True, rectified)
-            return *Quantized.apply(x, v, _as_scale(zero, axis, v), spec, measure), zero, bits
+            # Adding a zero-point of 0 turns -0 into +0, which a ReLU has done already.
+            offset = None if rectified else _as_scale(zero, axis, v)
+            return *Quantized.apply(x, v, offset, spec, measure), zero, bits
     if rectified:
         x = torch.relu(x)
     if v is not None:
@@ -146,6 +148,8 @@ def _spec(form: Form, axis: int | None, trained: bool, rectified: bool) -> Quant
     if spec is None:
         estimator = "lsq" if trained else "ste"
         spec = form.specs[None, False, False].replace(axis=axis, estimator=estimator, rectified=rectified)
+        if rectified:
+            spec = spec.replace(symmetric=True, zero="outside")
         form.specs[axis, trained, rectified] = spec
     return spec
 

@@ -129,7 +129,8 @@ def _far(a: Tensor | None, b: Tensor | None, expected: Outcome) -> str | None:
         return _unlike(a, b)
     size = max(float(a.abs().max()) if a.numel() else 0.0, 1e-30)
     terms = max((y.numel() for y in expected.results if isinstance(y, Tensor)), default=1)
-    allowed = SUMS * size * max(1.0, terms**0.5 / 16) + 1e-6 * (terms / max(a.numel(), 1)) ** 0.5
+    unit = max(SUMS, 8 * torch.finfo(a.dtype).eps)
+    allowed = unit * size * max(1.0, terms**0.5 / 16) + 1e-6 * (terms / max(a.numel(), 1)) ** 0.5
     excess = (a.double() - b.double()).abs()
     wrong = ~((excess <= allowed) | ((a != a) & (b != b)))
     return f"differs by {float(excess[wrong].max()):.2g}, allowed {allowed:.2g}" if bool(wrong.any()) else None

@@ -66,6 +66,10 @@ class DorefaWeights(DorefaActivations):
         y = 2 * _unit(squashed / 2 / largest + 0.5, bits, "none") - 1
         return largest * y if self.scaled else y
 
+    def examples(self, module: nn.Module) -> Iterator[tuple]:
+        yield from super().examples(module)
+        yield from ((x * (0.5 / x.abs().max()),) for (x,) in super().examples(module))
+
 
 class DorefaUnitWeights(DorefaWeights):
     """DoReFa weights on [-1, 1]."""

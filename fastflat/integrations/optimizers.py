@@ -192,20 +192,12 @@ def _reason(optimizer: Optimizer) -> str | None:
         return "it has no first_step and second_step"
     if any(name in vars(optimizer) for name in ("first_step", "second_step")):
         return "its passes were replaced on the instance"
-    if any(optimizer.state.get(p, {}).get("old_p") is not None for p in optimizer.state) and _between(optimizer):
-        return "it is between its two passes"
     if not all("rho" in group for group in base.param_groups):
         return "its groups have no rho"
     if getattr(optimizer, "use_gc", False):
         return "it centralises gradients (use_gc=True)"
     devices = {p.device for group in base.param_groups for p in group["params"]}
     return None if len(devices) == 1 else "its parameters are on several devices"
-
-
-def _between(optimizer: Optimizer) -> bool:
-    """Whether weights are perturbed now, as far as a kept copy tells."""
-    kept = ((p, s["old_p"]) for p, s in optimizer.state.items() if isinstance(s.get("old_p"), torch.Tensor))
-    return any(p.data_ptr() != old.data_ptr() and not torch.equal(p, old) and p.grad is None for p, old in kept)
 
 
 def _difference(optimizer: Optimizer) -> str | None:

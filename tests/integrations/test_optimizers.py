@@ -106,11 +106,12 @@ def test_fifty_steps_agree_to_rounding(base, adaptive):
     groups = b.param_groups
     (entry,) = ff.accelerate_optimizer(b, strict=True).entries
     assert entry.swapped
-    assert type(b).__name__ == "SAM" and isinstance(b, SAM)
+    assert type(b).__name__ == "SAM"
+    assert isinstance(b, SAM)
     train(theirs, a)
     train(ours, b)
     close(theirs, ours)
-    assert b.param_groups is groups and groups is b.base_optimizer.param_groups
+    assert b.param_groups is groups is b.base_optimizer.param_groups
     assert list(groups[0]) == list(a.param_groups[0])
     for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
         for name, value in a.base_optimizer.state[p].items():
@@ -130,7 +131,8 @@ def test_schedules_groups_and_restore_on_the_way():
     train(theirs, a, 12, schedule=sa)
     train(ours, b, 12, schedule=sb)
     close(theirs, ours)
-    assert ff.restore(b) == 1 and type(b) is SAM
+    assert ff.restore(b) == 1
+    assert type(b) is SAM
     assert ff.restore(b) == 0
     train(theirs, a, 12, closure=True)
     train(ours, b, 12, closure=True)
