@@ -86,7 +86,7 @@ def test_instantiations_are_few(symbols):
 
 def test_library_stays_small():
     """As a wheel packs it."""
-    assert len(zlib.compress(LIBRARY.read_bytes(), 6)) < 4.3 * 2**20
+    assert len(zlib.compress(LIBRARY.read_bytes(), 6)) < 4.35 * 2**20
 
 
 @pytest.mark.parametrize("isa", PACKED_DIVISION)
