@@ -238,7 +238,7 @@ def general_quantize_bwd(
     gx = finish(gx, x, group, None)
     gd = scale.new_empty(0)
     if need_delta and delta is not None:
-        gd = ((straight.abs() * e) * c.x).double().sum().to(scale.dtype)
+        gd = ((straight.abs() * e) * blocked(x, group).to(c.x.dtype)).double().sum().to(scale.dtype)
     empty = scale.new_empty(0)
     if not need_scale:
         return gx, empty, scale.new_empty(0), gd
