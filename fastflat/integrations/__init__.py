@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastflat import _checks
-from fastflat.integrations import brevitas, discretizers, plain, torch_ao
+from fastflat.integrations import brevitas, discretizers, modelopt, plain, torch_ao, torchao
 from fastflat.integrations._accelerate import Entry, Report, accelerate, restore_model
 from fastflat.integrations._adapter import Adapter, register, registered, unregister
 from fastflat.integrations.discretizers import Pact
@@ -45,5 +45,13 @@ def restore(model: nn.Module | Optimizer) -> int:
 # Those asked first come last.
 for _adapter in (*plain.popular()[::-1], *discretizers.popular()[::-1]):
     register(_adapter)
-for _adapter in (torch_ao.FakeQuantize(), brevitas.Weights(), brevitas.Activations()):
+for _adapter in (
+    torch_ao.FakeQuantize(),
+    torch_ao.FusedMovingAverage(),
+    torch_ao.Learnable(),
+    torchao.IntxFakeQuantizer(),
+    modelopt.TensorQuantizer(),
+    brevitas.Weights(),
+    brevitas.Activations(),
+):
     register(_adapter)

@@ -29,8 +29,8 @@ class Adapter:
 
         fastflat.integrations.register(StepSize())
 
-    :func:`fastflat.accelerate` calls the module's own forward and this one on probe batches, in training and in
-    evaluation mode, and swaps only where results, gradients and state agree. (``through="chain"``: autograd's way back
+    :func:`fastflat.accelerate` calls the module's own forward and this one on probe batches, in every mode of
+    :meth:`modes`, and swaps only where results, gradients and state agree. (``through="chain"``: autograd's way back
     through ``x / s`` and ``* s`` rounds twice.) An adapter holds no state of a module.
 
     Attributes:
@@ -73,10 +73,6 @@ class Adapter:
         """:attr:`summed` for this module in the state that it is in."""
         return self.summed
 
-    def stages(self, module: nn.Module) -> Iterable[Callable[[nn.Module], object]]:
-        """What brings a copy into each state that must be probed; by default it stays as it is."""
-        return (lambda twin: None,)
-
     def examples(self, module: nn.Module) -> Iterable[tuple]:
         """Arguments of probe calls, one after another; the first tensor of each is the one whose gradient counts.
 
@@ -84,6 +80,13 @@ class Adapter:
         """
         dtype, device = placed(module)
         yield from ((x.to(device, dtype),) for x in spread(((64, 7), (2, 3, 5, 5)), steps(module)))
+
+    def modes(self, module: nn.Module) -> dict[str, Callable[[nn.Module], Any]]:
+        """What is done to a copy of the module before its probe calls, by name; each on copies of their own.
+
+        By default training and evaluation mode. A module that others switch on and off has modes for that, too.
+        """
+        return {"training": lambda twin: twin.train(), "evaluation": lambda twin: twin.eval()}
 
 
 def placed(module: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -29,17 +29,19 @@ class Outcome(NamedTuple):
 def difference(module: nn.Module, adapter: Adapter) -> str | None:
     """In what module and adapter differ on the adapter's examples, in a few words; None if in nothing.
 
-    Both work on copies in training and in evaluation mode, call after call; the random state stays as it is.
+    Both work on copies in each of the adapter's modes, call after call; the random state stays as it is.
     """
-    for training in (True, False):
-        for prepare in adapter.stages(module):
-            theirs, ours = _copied(module).train(training), _copied(module).train(training)
-            prepare(theirs)
-            prepare(ours)
-            swap(ours, adapter)
-            reason = _run(module, theirs, ours, adapter, "training" if training else "evaluation")
-            if reason:
-                return reason
+    for mode, turn in adapter.modes(module).items():
+        theirs, ours = _copied(module), _copied(module)
+        try:
+            for twin in (theirs, ours):
+                turn(twin)
+        except Exception as error:
+            return f"it raised {_line(error)} on the way to {mode} mode"
+        swap(ours, adapter)
+        reason = _run(module, theirs, ours, adapter, mode)
+        if reason:
+            return reason
     return None
 
 
@@ -87,7 +89,9 @@ def outcome(module: nn.Module, args: tuple, seed: int) -> Outcome:
     cotangents = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in outputs]
     found = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True) if outputs else ()
     gradients = dict(zip(leaves, found, strict=False)) or dict.fromkeys(leaves)
-    state = {n: t.detach().clone() for n, t in (*module.named_parameters(), *module.named_buffers())}
+    attributes = [(n, t) for n, t in vars(module).items() if isinstance(t, Tensor)]  # state that no state_dict has
+    held = (*module.named_parameters(), *module.named_buffers(), *attributes)
+    state = {n: t.detach().clone() for n, t in held}
     return Outcome([y.detach() if isinstance(y, Tensor) else y for y in results], gradients, state)
 
 

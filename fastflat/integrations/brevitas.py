@@ -55,16 +55,19 @@ class _Proxy(Adapter):
             return None
         return ("input", *(name for name, _ in module.named_parameters()))
 
-    def stages(self, module: nn.Module) -> Iterable[Callable[[nn.Module], object]]:
-        """As it is, and, while its scale is still collected from statistics, as it will be afterwards."""
-        yield lambda twin: None
+    def modes(self, module: nn.Module) -> dict[str, Callable[[nn.Module], object]]:
+        """Each as it is, and, while its scale is still collected from statistics, as it will be afterwards."""
         scaling = self.quantizer(module).scaling_impl
+        found = super().modes(module)
         if getattr(scaling, "counter", 0) < getattr(scaling, "collect_stats_steps", 0):
-            yield functools.partial(self._collected, more=0)
-            yield functools.partial(self._collected, more=1)
+            for name, turn in super().modes(module).items():
+                for more, when in enumerate((", statistics ending", ", after the statistics")):
+                    found[name + when] = functools.partial(self._collected, turn=turn, more=more)
+        return found
 
-    def _collected(self, module: nn.Module, more: int) -> None:
+    def _collected(self, module: nn.Module, turn: Callable[[nn.Module], object], more: int) -> None:
         """The statistics end with the next training call, or have ended before it."""
+        turn(module)
         scaling = self.quantizer(module).scaling_impl
         scaling.counter = scaling.collect_stats_steps + more
         with torch.no_grad():
