@@ -1,11 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer grids of other libraries as fields of a spec, and their scales in the shapes that a spec knows."""
+"""Integer grids of other libraries as fields of a spec, specs made once, and scales in the shapes that a spec knows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+
+from fastflat._spec import QuantSpec
+
+#: Specs kept before they are forgotten: bounds the memory that changing shapes take.
+_KEPT = 1024
+_SPECS: dict[tuple, QuantSpec] = {}
+
+
+def remembered(make: Callable[..., QuantSpec], *key: Any) -> QuantSpec:
+    """``make(*key)``, made once. (A cache of functools would make torch.compile warn.)"""
+    spec = _SPECS.get((make, key))
+    if spec is None:
+        if len(_SPECS) >= _KEPT:
+            _SPECS.clear()
+        spec = _SPECS[make, key] = make(*key)
+    return spec
 
 
 def grid(qmin: int, qmax: int) -> dict[str, Any] | None:

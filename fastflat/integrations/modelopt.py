@@ -6,7 +6,6 @@ Its CUDA kernels have an arithmetic of their own; there the module keeps its for
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from fastflat._spec import QuantSpec
 from fastflat.functional import fake_quantize
 from fastflat.integrations._adapter import Adapter, placed, spread
+from fastflat.integrations._grid import remembered
 from fastflat.integrations._tensors import UP_TO_32, plain
 
 
@@ -25,7 +25,6 @@ def _package() -> Any:
     return sys.modules.get("modelopt.torch.quantization.nn.modules.tensor_quantizer")
 
 
-@functools.lru_cache(maxsize=1024)
 def _spec(bits: int, signed: bool, narrow: bool, axis: int | None, passes: bool) -> QuantSpec:
     changes = {"mask": "none"} if passes else {}
     return QuantSpec.modelopt(bits, signed, axis, narrow=narrow, **changes)
@@ -39,8 +38,12 @@ class TensorQuantizer(Adapter):
         return package is not None and isinstance(module, package.TensorQuantizer)
 
     def reason(self, module: nn.Module) -> str | None:
-        stock, kind = _package().TensorQuantizer, type(module)
-        if kind.forward is not stock.forward or kind._fake_quantize is not stock._fake_quantize:
+        stock = _package().TensorQuantizer
+        own = {stock._fake_quantize}
+        blocks = getattr(_package(), "StaticBlockScaleQuantizer", None)
+        if blocks is not None:
+            own.add(blocks._fake_quantize)  # that of the other class, but for what _unlike names
+        if type(module).forward is not stock.forward or type(module)._fake_quantize not in own:
             return "its class has a forward of its own"
         return self._unlike(module)
 
@@ -57,6 +60,8 @@ class TensorQuantizer(Adapter):
             return "its blocks have dynamic scales"
         if module._bias is not None:
             return "it has a bias"
+        if getattr(module, "_lsq", False):
+            return "it trains its largest magnitudes"
         if module.rotate_is_enabled:
             return "it rotates its input"
         return None if module._fake_quant else "it stores codes in place of numbers"
@@ -99,7 +104,7 @@ class TensorQuantizer(Adapter):
         if (unsigned and x.detach().min() < 0.0) or amax.min() < 0:
             return None  # it raises
         bits = int(module._num_bits)
-        spec = _spec(bits, not unsigned, bool(module._narrow_range) and not unsigned, axis, passes)
+        spec = remembered(_spec, bits, not unsigned, bool(module._narrow_range) and not unsigned, axis, passes)
         return fake_quantize(x, amax.reshape(() if axis is None else (-1,)), spec=spec)
 
     def modes(self, module: nn.Module):
@@ -118,8 +123,10 @@ class TensorQuantizer(Adapter):
         shape, step = [6, 5, 4], torch.tensor(0.05)
         if amax is not None:
             step = (amax.detach().float().abs().min() / max(module.maxbound, 1)).clamp(min=1e-3)
-        if hasattr(module, "_original_shape") and not hasattr(module, "_padding"):
-            shape = list(module._original_shape)
+        if hasattr(module, "_original_shape"):  # fixed by its first batch, and padded
+            shape, padding = list(module._original_shape), getattr(module, "_padding", ())
+            for i in range(len(padding) // 2):
+                shape[-1 - i] -= padding[2 * i] + padding[2 * i + 1]
         elif sizes is not None and any(isinstance(size, int) for size in sizes.values()):
             shape = [amax.numel() if amax is not None else 6, next(s for s in sizes.values() if isinstance(s, int))]
         elif amax is not None and amax.dim() > 1:

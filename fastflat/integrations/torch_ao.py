@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterator
 
@@ -14,7 +13,7 @@ from fastflat._spec import QuantSpec
 from fastflat.functional import fake_quantize
 from fastflat.integrations import _minmax
 from fastflat.integrations._adapter import Adapter, spread
-from fastflat.integrations._grid import grid
+from fastflat.integrations._grid import grid, remembered
 from fastflat.integrations._tensors import FP32, UP_TO_32, plain
 
 _PACKAGES = ("torch.ao.quantization.fake_quantize", "torchao.quantization.pt2e.fake_quantize")
@@ -27,7 +26,6 @@ def _classes(name: str, packages: tuple[str, ...] = _PACKAGES) -> tuple[type, ..
     return tuple(kind for kind in found if kind is not None)
 
 
-@functools.lru_cache(maxsize=1024)
 def _spec(qmin: int, qmax: int, axis: int | None, factor: float | None = None) -> QuantSpec:
     """The form with a constant scale and zero-points of any integer, or with a factor of trained ones' gradients."""
     fields = {"zero": "outside_float"} if factor is None else {"estimator": "lsq", "grad_scale": factor}
@@ -78,7 +76,7 @@ class _Adapter(Adapter):
         zero_point = zero_point.to(torch.float32)
         if axis is None:
             scale, zero_point = scale.reshape(()), zero_point.reshape(())
-        return fake_quantize(x, scale, zero_point, spec=_spec(*self.ends(module), axis))
+        return fake_quantize(x, scale, zero_point, spec=remembered(_spec, *self.ends(module), axis))
 
     def modes(self, module: nn.Module):
         def observing(twin: nn.Module) -> None:
@@ -234,7 +232,7 @@ class Learnable(_Adapter):
         if not (scale.requires_grad or zero_point.requires_grad):
             factor = None
             zero_point = zero_point.round().clamp(*self.ends(module))
-        return fake_quantize(X, scale, zero_point, spec=_spec(*self.ends(module), axis, factor))
+        return fake_quantize(X, scale, zero_point, spec=remembered(_spec, *self.ends(module), axis, factor))
 
     @staticmethod
     def _factor(module: nn.Module, X: Tensor) -> float:

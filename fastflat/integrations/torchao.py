@@ -12,7 +12,6 @@ the extremes of a token, row or group, N = qmax - qmin::
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -20,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastflat._spec import QuantSpec
+from fastflat._spec import TINY, QuantSpec
 from fastflat.functional import fake_quantize
 from fastflat.integrations._adapter import Adapter, placed, spread
-from fastflat.integrations._grid import grid
+from fastflat.integrations._grid import grid, remembered
 from fastflat.integrations._tensors import UP_TO_32, plain
 
 
@@ -32,10 +31,17 @@ def _module(name: str) -> Any:
     return sys.modules.get(f"torchao.quantization.{name}")
 
 
-@functools.lru_cache(maxsize=1024)
 def _spec(qmin: int, qmax: int, group: int, trained: bool, rounded: bool) -> QuantSpec:
     fields = {"estimator": "lsq" if trained else "ste", "compute": "input" if rounded else "fp32"}
     return QuantSpec.torchao(group=group, zero="outside_float", **grid(qmin, qmax), **fields)
+
+
+def _positive(scale: Tensor) -> bool:
+    """Whether a trained scale is one that the kernels take as it is. Elsewhere than on the CPU it is not asked, which
+    would stop the queue: there a scale that training has made negative is held at the least positive one."""
+    if scale.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return scale.detach().amin().item() >= TINY
 
 
 class IntxFakeQuantizer(Adapter):
@@ -89,9 +95,9 @@ class IntxFakeQuantizer(Adapter):
         if scale.numel() * group != x.numel() or (zero_point is not None and zero_point.numel() != scale.numel()):
             return self.original(module, x)
         trained = scale.requires_grad or (zero_point is not None and zero_point.requires_grad)
-        if trained and x.dtype is not torch.float32:
+        if trained and (x.dtype is not torch.float32 or not _positive(scale)):
             return self.original(module, x)
-        spec = _spec(*self._ends(module), group, trained, scale.dtype is not torch.float32)
+        spec = remembered(_spec, *self._ends(module), group, trained, scale.dtype is not torch.float32)
         scale = scale.view(shape)
         if zero_point is not None:
             zero_point = zero_point.view(shape).to(scale.dtype)
@@ -109,7 +115,7 @@ class IntxFakeQuantizer(Adapter):
         for 0."""
         config = module.config
         eps = torch.finfo(x.dtype).smallest_normal if config.eps is None else config.eps
-        rows = x if per_token else x.view(-1, group)
+        rows = x if per_token else x.unflatten(-1, (-1, group))
         if per_token:
             qmin, qmax = self._ends(module)
             low, high = rows.amin(-1).clamp_(max=0), rows.amax(-1).clamp_(min=0)
@@ -120,19 +126,18 @@ class IntxFakeQuantizer(Adapter):
             return zero_point.float()
         bits = _module("quant_primitives")._DTYPE_TO_BIT_WIDTH[config.dtype]
         steps = float(2**bits - 1)
-        shape = (x.shape[0], -1)
         precision = config.scale_precision or x.dtype
         if config.is_symmetric:
             low, high = rows.amin(-1).clamp_(max=0), rows.amax(-1).clamp_(min=0)
             scale = torch.maximum(low.neg_(), high).div_(steps / 2).clamp_(min=eps)
-            module.scale = scale.to(precision).view(shape)
+            module.scale = scale.to(precision)
             module.zero_point = torch.zeros_like(module.scale, dtype=config.zero_point_precision)
             return None
         low, high = rows.amin(-1), rows.amax(-1)
         scale = high.sub_(low).div_(steps).clamp_(min=1e-6 if config.eps is None else eps)
         zero_point = low.add_(scale * (2.0 ** (bits - 1)))
-        module.scale = scale.to(precision).view(shape)
-        module.zero_point = zero_point.to(precision).view(shape).to(config.zero_point_precision)
+        module.scale = scale.to(precision)
+        module.zero_point = zero_point.to(precision).to(config.zero_point_precision)
         return module.zero_point.to(torch.float32)
 
     def modes(self, module: nn.Module):

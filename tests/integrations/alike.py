@@ -59,7 +59,7 @@ def layouts(shape, seed=0, **options):
 def same(a, b):
     assert (a is None) == (b is None)
     if a is not None:
-        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert torch.equal(a.isnan(), b.isnan())
         assert torch.equal(a.nan_to_num(0.25), b.nan_to_num(0.25))
 
@@ -135,5 +135,5 @@ def assert_within_spread(model, batches, steps=50, lr=0.05):
         runs.append(train(copy.deepcopy(model), shuffled, steps, lr)[1])
     spread = max(distance(runs[0], r) for r in runs[1:])
     found = distance(runs[0], train(ours, batches, steps, lr)[1])
-    assert 0 < spread
+    assert spread > 0
     assert found <= spread, (found, spread)
