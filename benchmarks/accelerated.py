@@ -9,6 +9,7 @@ With their times T, A and N: ``share = 1 - N/T`` of the step are quantizers, ``c
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +50,7 @@ class ResNet20(nn.Module):
         self.quant, self.dequant = QuantStub(), DeQuantStub()
         self.conv1, self.bn1, self.relu = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
         widths = (16, 16, 16, 16, 32, 32, 32, 64, 64, 64)
-        self.blocks = nn.Sequential(*(_Residual(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+        self.blocks = nn.Sequential(*(_Residual(a, b) for a, b in itertools.pairwise(widths)))
         self.fc = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,7 +166,9 @@ def _step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Callable[[],
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
-    lines = [f"{'step':32} {'theirs':>9} {'ours':>9} {'without':>9} {'share':>7} {'cap':>6} {'speedup':>8} {'of cap':>7}"]
+    lines = [
+        f"{'step':32} {'theirs':>9} {'ours':>9} {'without':>9} {'share':>7} {'cap':>6} {'speedup':>8} {'of cap':>7}"
+    ]
     for row in rows:
         times = " ".join(f"{row[f'seconds_{key}'] * 1e3:6.1f} ms" for key in ("theirs", "accelerated", "without"))
         rest = f"{row['share']:7.1%} {row['cap']:5.2f}x {row['speedup']:7.2f}x {row['reached']:7.1%}"

@@ -8,7 +8,7 @@ They are swapped at the proxy, ``layer.weight_quant`` and ``layer.act_quant``: i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
