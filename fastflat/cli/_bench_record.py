@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,10 +53,12 @@ class Record:
     def kept(self) -> Iterator[Record]:
         """At the end the record is written and shown; also where the run breaks off."""
         try:
-            yield self
+            with _termination_raises():
+                yield self
         except BaseException as error:
             if self.result["rows"]:
-                self._stopped(type(error).__name__ + (f": {_line(error)}" if str(error) else ""))
+                words = {KeyboardInterrupt: "interrupted", SystemExit: "terminated"}
+                self._stopped(words.get(type(error)) or f"{type(error).__name__}: {_line(error)}")
                 self._write()
             raise
         if self._lost:
@@ -98,7 +102,24 @@ class Record:
 
 
 def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200]
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+@contextlib.contextmanager
+def _termination_raises() -> Iterator[None]:
+    """What a batch system sends before it kills ends the block as an exception does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def roofline_jobs(device: Any, counts: Sequence[int], dtypes: Sequence[torch.dtype], effort: Any, quick: bool) -> Jobs:
