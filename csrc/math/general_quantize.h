@@ -177,8 +177,7 @@ struct GeneralGrid {
   FASTFLAT_HD Code code_of_eager(C x, const GeneralGroup<C>& g, bool reciprocal) const {
     Code c;
     c.kept = 0;
-    const Mask dark = rectified & mask_of<C>(x <= C(0));
-    x = keep<C>(~dark, x);
+    x = keep<C>(~(rectified & mask_of<C>(x <= C(0))), x);
     c.u = reciprocal ? x * g.mul : x / g.div;
     const C v = c.u + g.z_in;
     const C w = v + g.z_out;
@@ -188,7 +187,7 @@ struct GeneralGrid {
     c.d = (q - g.z) + base.zero_fix;
     c.e = c.u - c.d;
     const bool on_grid = (w >= base.from) & (w <= base.to) & (r >= base.after_from) & (r <= base.after_to);
-    c.in = (base.pass_all | (nan_passes & mask_of<C>(w != w)) | mask_of<C>(on_grid)) & ~dark;
+    c.in = (base.pass_all | (nan_passes & mask_of<C>(w != w)) | mask_of<C>(on_grid)) & lit(x);
     return c;
   }
 
@@ -205,8 +204,7 @@ struct GeneralGrid {
     Code c;
     c.kept = 0;
     const C xi = draw - scale.shift;
-    const Mask dark = rectified & mask_of<C>(x <= C(0));
-    x = keep<C>(~dark, x);
+    x = keep<C>(~(rectified & mask_of<C>(x <= C(0))), x);
     c.u = precision((x * g.mul) / g.div);
     C v = precision(c.u + g.z_in);
     if (noise == Noise::additive) v = v + scale.nu * xi;
@@ -235,7 +233,7 @@ struct GeneralGrid {
     const Mask near_zero = mask_of<C>(std::fabs(x) <= g.reach);
     c.in = base.pass_all | (nan_passes & mask_of<C>(w != w)) |
            (noise == Noise::none ? (by_reach & near_zero) | (~by_reach & mask_of<C>(on_grid)) : mask_of<C>(on_grid));
-    c.in = c.in & ~dark;
+    c.in = c.in & lit(x);
     if (noise == Noise::temper) {
       const C up = w > base.qmin ? w : base.qmin;
       const C clip = (up < base.qmax ? up : base.qmax) - g.z;
@@ -296,6 +294,9 @@ struct GeneralGrid {
   }
 
  private:
+  // Whether a rectified x may pass its gradient: it is not 0.
+  FASTFLAT_HD Mask lit(C x) const { return ~(rectified & mask_of<C>(x == C(0))); }
+
   // v clamped; NaN stays.
   FASTFLAT_HD static C between(C v, C lowest, C highest) {
     const C lifted = v < lowest ? lowest : v;
