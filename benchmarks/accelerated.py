@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -88,8 +88,9 @@ def torch_ao(version: int = 1, batch: int = 32) -> tuple[nn.Module, Callable[[nn
         pairs += [[block + "conv1", block + "bn1", block + "relu1"], [block + "conv2", block + "bn2"]]
     tq.fuse_modules_qat(model, pairs, inplace=True)
     tq.prepare_qat(model, inplace=True)
-    x, target = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-    return model, lambda m: F.cross_entropy(m(x), target)
+    # Batches differ, as in training: the range of one and the same would be known after a few steps.
+    batches = [(torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))) for _ in range(16)]
+    return model, _in_turn(batches, lambda m, b: F.cross_entropy(m(b[0]), b[1]))
 
 
 def torchao_block(group: int = 32) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
@@ -103,8 +104,18 @@ def torchao_block(group: int = 32) -> tuple[nn.Module, Callable[[nn.Module], Ten
     activation = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
     weight = IntxFakeQuantizeConfig(torch.int4, group_size=group)
     quantize_(model, QATConfig(activation_config=activation, weight_config=weight, step="prepare"))
-    x = torch.randn(16, 128, 512)
-    return model, lambda m: m(x).square().mean()
+    batches = [torch.randn(16, 128, 512) for _ in range(4)]
+    return model, _in_turn(batches, lambda m, x: m(x).square().mean())
+
+
+def _in_turn(batches: list[Any], loss: Callable[[nn.Module, Any], Tensor]) -> Callable[[nn.Module], Tensor]:
+    """The loss of a model on the next batch; each model has its own place in the cycle."""
+    places: dict[int, Iterator[Any]] = {}
+
+    def on_the_next(model: nn.Module) -> Tensor:
+        return loss(model, next(places.setdefault(id(model), itertools.cycle(batches))))
+
+    return on_the_next
 
 
 #: Models with another library's quantizers and their losses, by name.
@@ -129,7 +140,8 @@ def compare(name: str, effort: Effort, threads: int = 1) -> dict[str, Any]:
     with warnings.catch_warnings(), measure.threads(threads):
         warnings.simplefilter("ignore")
         model, loss = CASES[name]()
-        loss(model)  # scales that come with the first batch
+        for _ in range(16):  # averages settle
+            loss(model)
         ours = copy.deepcopy(model)
         report = fastflat.accelerate(ours)
         models = {"theirs": model, "accelerated": ours, "without": without(model)}
@@ -166,9 +178,8 @@ def _step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Callable[[],
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
-    lines = [
-        f"{'step':32} {'theirs':>9} {'ours':>9} {'without':>9} {'share':>7} {'cap':>6} {'speedup':>8} {'of cap':>7}"
-    ]
+    heads = f"{'theirs':>9} {'ours':>9} {'without':>9} {'share':>7} {'cap':>6} {'speedup':>8} {'of cap':>7}"
+    lines = [f"{'step':32} {heads}"]
     for row in rows:
         times = " ".join(f"{row[f'seconds_{key}'] * 1e3:6.1f} ms" for key in ("theirs", "accelerated", "without"))
         rest = f"{row['share']:7.1%} {row['cap']:5.2f}x {row['speedup']:7.2f}x {row['reached']:7.1%}"

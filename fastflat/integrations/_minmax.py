@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastflat._spec import TINY
+
 _PACKAGES = ("torch.ao.quantization.observer", "torchao.quantization.pt2e.observer")
 _TENSOR = {"MinMaxObserver": False, "MovingAverageMinMaxObserver": True}  # whether it averages
 _CHANNEL = {"PerChannelMinMaxObserver": False, "MovingAveragePerChannelMinMaxObserver": True}
@@ -38,9 +40,21 @@ def extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     return x.amin(others), x.amax(others)
 
 
-def observe(observer: nn.Module, x: Tensor) -> tuple[Any, Any] | None:
-    """Take x into the state of an observer; its scale and zero-point, tensors or one number each. None, with nothing
-    changed, where this is left to the observer itself."""
+def on_grid(low: float, high: float, scale: float, zero_point: int, qmin: int, qmax: int) -> bool:
+    """Whether all codes of numbers from low to high lie on the grid: then a fake-quantization hands back the gradient
+    as it is. False for NaN and infinities. The codes are those of the kernels: round(x (1/s)) + z in fp32."""
+    if not (math.isfinite(low) and math.isfinite(high) and TINY <= scale < math.inf):
+        return False
+    inverse = _single(1.0 / scale)
+    lowest, highest = _single(low * inverse), _single(high * inverse)
+    if not (abs(lowest) < 2.0**23 and abs(highest) < 2.0**23):
+        return False
+    return round(lowest) + zero_point >= qmin and round(highest) + zero_point <= qmax
+
+
+def observe(observer: nn.Module, x: Tensor) -> tuple[Any, Any, list[float] | None] | None:
+    """Take x into the state of an observer; its scale and zero-point, tensors or one number each, and the extremes of x
+    where they are at hand. None, with nothing changed, where this is left to the observer itself."""
     kind = type(observer)
     hooked = observer._forward_hooks or observer._forward_pre_hooks or "forward" in vars(observer)
     if hooked or x.numel() == 0 or observer.min_val.dtype is not torch.float32:
@@ -58,8 +72,8 @@ def _single(value: float) -> float:
     return ctypes.c_float(value).value
 
 
-def _of_tensor(observer: nn.Module, x: Tensor, averages: bool) -> tuple[float, int] | None:
-    low, high = (t.item() for t in torch.aminmax(x))
+def _of_tensor(observer: nn.Module, x: Tensor, averages: bool) -> tuple[float, int, list[float]] | None:
+    found = low, high = [t.item() for t in torch.aminmax(x)]
     old_low, old_high = observer.min_val.item(), observer.max_val.item()
     fresh = old_low == math.inf and old_high == -math.inf
     if not fresh:
@@ -75,7 +89,7 @@ def _of_tensor(observer: nn.Module, x: Tensor, averages: bool) -> tuple[float, i
         return None
     observer.min_val.fill_(low)
     observer.max_val.fill_(high)
-    return _scale_of(observer, min(low, 0.0), max(high, 0.0))
+    return *_scale_of(observer, min(low, 0.0), max(high, 0.0)), found
 
 
 def _scale_of(observer: nn.Module, low: float, high: float) -> tuple[float, int]:
@@ -94,7 +108,7 @@ def _middle(observer: nn.Module) -> int:
     return 2**15 if observer.dtype is torch.uint16 else 0
 
 
-def _of_channels(observer: nn.Module, x: Tensor, averages: bool) -> tuple[Tensor, Tensor] | None:
+def _of_channels(observer: nn.Module, x: Tensor, averages: bool) -> tuple[Tensor, Tensor, None] | None:
     if observer.qscheme not in (torch.per_channel_symmetric, torch.per_channel_affine):
         return None
     low, high = extremes(x.to(torch.float32), observer.ch_axis)
@@ -109,11 +123,11 @@ def _of_channels(observer: nn.Module, x: Tensor, averages: bool) -> tuple[Tensor
         observer.max_val.copy_(torch.maximum(high, observer.max_val))
     low, high = observer.min_val, observer.max_val
     if bool((low > high).any()):
-        return observer.calculate_qparams()  # which says what is wrong
+        return *observer.calculate_qparams(), None  # which says what is wrong
     qmin, qmax = observer.quant_min, observer.quant_max
     low, high = low.clamp(max=0), high.clamp(min=0)
     if observer.qscheme is torch.per_channel_symmetric:
         scale = torch.maximum(torch.maximum(low.neg_(), high).div_(float(qmax - qmin) / 2), observer.eps)
-        return scale, torch.full(scale.shape, _middle(observer), dtype=torch.int32, device=scale.device)
+        return scale, torch.full(scale.shape, _middle(observer), dtype=torch.int32, device=scale.device), None
     scale = torch.maximum((high - low).div_(float(qmax - qmin)), observer.eps)
-    return scale, (qmin - low.div_(scale).round_().to(torch.int32)).clamp_(qmin, qmax)
+    return scale, (qmin - low.div_(scale).round_().to(torch.int32)).clamp_(qmin, qmax), None

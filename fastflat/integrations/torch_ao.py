@@ -26,9 +26,12 @@ def _classes(name: str, packages: tuple[str, ...] = _PACKAGES) -> tuple[type, ..
     return tuple(kind for kind in found if kind is not None)
 
 
-def _spec(qmin: int, qmax: int, axis: int | None, factor: float | None = None) -> QuantSpec:
-    """The form with a constant scale and zero-points of any integer, or with a factor of trained ones' gradients."""
+def _spec(qmin: int, qmax: int, axis: int | None, factor: float | None = None, passes: bool = False) -> QuantSpec:
+    """The form with a constant scale and zero-points of any integer, or with a factor of trained ones' gradients;
+    ``passes`` where no element lies beyond the grid."""
     fields = {"zero": "outside_float"} if factor is None else {"estimator": "lsq", "grad_scale": factor}
+    if passes:
+        fields["mask"] = "none"
     return QuantSpec.torch(axis=axis, **grid(qmin, qmax), **fields)
 
 
@@ -65,18 +68,21 @@ class _Adapter(Adapter):
     def fits(self, module: nn.Module, x: Tensor, axis: int | None) -> bool:
         return module.scale.numel() == (1 if axis is None else x.shape[axis]) and module.scale.device == x.device
 
-    def quantized(self, module: nn.Module, x: Tensor) -> Tensor:
-        """x on the grid of the module's scale, a constant."""
+    def quantized(self, module: nn.Module, x: Tensor, extremes: list[float] | None = None) -> Tensor:
+        """x on the grid of the module's scale, a constant; ``extremes`` are those of x where they are known."""
         axis = self.channels(module)
         scale, zero_point = module.scale, module.zero_point
         if not self.fits(module, x, axis):  # the operator says best what is wrong
             if axis is None:
                 return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *self.ends(module))
             return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *self.ends(module))
+        ends, passes = self.ends(module), False
+        if extremes is not None:
+            passes = _minmax.on_grid(*extremes, scale.item(), zero_point.item(), *ends)
         zero_point = zero_point.to(torch.float32)
         if axis is None:
             scale, zero_point = scale.reshape(()), zero_point.reshape(())
-        return fake_quantize(x, scale, zero_point, spec=remembered(_spec, *self.ends(module), axis))
+        return fake_quantize(x, scale, zero_point, spec=remembered(_spec, *ends, axis, None, passes))
 
     def modes(self, module: nn.Module):
         def observing(twin: nn.Module) -> None:
@@ -118,32 +124,35 @@ class FakeQuantize(_Adapter):
     def forward(self, module: nn.Module, X: Tensor) -> Tensor:
         if not self.takes(X):
             return self.original(module, X)
+        extremes = None
         if module.observer_enabled.item() == 1:
-            self._observe(module, X.detach())
+            extremes = self._observe(module, X.detach())
         if module.fake_quant_enabled.item() != 1:
             return X
-        return self.quantized(module, X)
+        return self.quantized(module, X, extremes)
 
     @staticmethod
-    def _observe(module: nn.Module, x: Tensor) -> None:
+    def _observe(module: nn.Module, x: Tensor) -> list[float] | None:
+        """Move the state; the extremes of x, where they are at hand."""
         if isinstance(module, _classes("FixedQParamsFakeQuantize")):
-            return  # its scale is what it is
+            return None  # its scale is what it is
         found = None
         if type(module).calculate_qparams in {c.calculate_qparams for c in _classes("FakeQuantize")}:
             found = _minmax.observe(module.activation_post_process, x)
         if found is None:
             module.activation_post_process(x)
-            found = module.calculate_qparams()
-        scale, zero_point = found
+            found = *module.calculate_qparams(), None
+        scale, zero_point, extremes = found
         if isinstance(scale, float):
             module.scale.resize_(1).fill_(scale)
             module.zero_point.resize_(1).fill_(zero_point)
-            return
+            return extremes
         if module.scale.shape != scale.shape:
             module.scale.resize_(scale.shape)
             module.zero_point.resize_(zero_point.shape)
         module.scale.copy_(scale)
         module.zero_point.copy_(zero_point)
+        return None
 
 
 class FusedMovingAverage(_Adapter):
@@ -163,9 +172,12 @@ class FusedMovingAverage(_Adapter):
             return self._compiled(module, X, axis)
         if module.fake_quant_enabled.item() != 1:
             return self.original(module, X)
+        extremes = None
         if module.observer_enabled.item() == 1:
-            self._observe(module, X.detach(), axis)
-        return self.quantized(module, X)
+            found = self._observe(module, X.detach(), axis)
+            if axis is None and X.device.type == "cpu":  # elsewhere they would have to be waited for
+                extremes = found.tolist()
+        return self.quantized(module, X, extremes)
 
     def _compiled(self, module: nn.Module, X: Tensor, axis: int | None) -> Tensor:
         """Without a branch on the switches, which would break the graph."""
@@ -176,10 +188,12 @@ class FusedMovingAverage(_Adapter):
         return torch.where(module.fake_quant_enabled == 1, y, X)
 
     @staticmethod
-    def _observe(module: nn.Module, x: Tensor, axis: int | None) -> None:
+    def _observe(module: nn.Module, x: Tensor, axis: int | None) -> Tensor:
+        """Move the state; the extremes of x."""
         observer = module.activation_post_process
+        found = torch.stack(_minmax.extremes(x, axis), -1)
         torch.fused_moving_avg_obs_fake_quant(
-            torch.stack(_minmax.extremes(x, axis), -1),
+            found,
             module.observer_enabled,
             module.fake_quant_enabled,
             observer.min_val,
@@ -193,6 +207,7 @@ class FusedMovingAverage(_Adapter):
             module.is_per_channel,
             module.is_symmetric_quant,
         )
+        return found
 
 
 class Learnable(_Adapter):
@@ -244,7 +259,7 @@ class Learnable(_Adapter):
         if found is None:
             module.activation_post_process(x)
             found = module.activation_post_process.calculate_qparams()
-        for parameter, value in zip((module.scale.data, module.zero_point.data), found, strict=True):
+        for parameter, value in zip((module.scale.data, module.zero_point.data), found[:2], strict=True):
             parameter.copy_(value) if isinstance(value, Tensor) else parameter.fill_(value)
 
     def _one_zero_point(self, module: nn.Module) -> bool:

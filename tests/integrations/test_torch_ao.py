@@ -14,6 +14,7 @@ from torch.ao.quantization import observer
 from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
 
 import fastflat as ff
+from fastflat.integrations import _minmax
 
 from . import alike
 
@@ -62,6 +63,26 @@ def test_bits_over_calls(form, monkeypatch):
             alike.assert_alike(theirs, ours, alike.layouts((5, 5, 7, 3), seed, scale=seed + 0.5))
             if form != "channels affine":
                 alike.assert_alike(theirs, ours, alike.layouts((5, 33), seed + 5))
+
+
+def test_which_batches_lie_on_the_grid():
+    """As the kernels' own mask has it, at the borders of the grid and beside them."""
+    generator = torch.Generator().manual_seed(0)
+    answers = set()
+    for _ in range(400):
+        scale = torch.rand(1, generator=generator) * 0.1 + 1e-3
+        z = int(torch.randint(-128, 128, (1,), generator=generator))
+        ends = (torch.tensor([-128.5, 127.5]) - z) * scale
+        low, high = torch.nextafter(ends, ends + torch.randint(-1, 2, (2,), generator=generator))
+        x = torch.stack([low, high]).requires_grad_()
+        y = torch.fake_quantize_per_tensor_affine(x, scale, torch.tensor([z], dtype=torch.int32), -128, 127)
+        (kept,) = torch.autograd.grad(y.sum(), x)
+        found = _minmax.on_grid(low.item(), high.item(), scale.item(), z, -128, 127)
+        assert found == bool(kept.all())
+        answers.add(found)
+    assert answers == {False, True}
+    assert not _minmax.on_grid(float("nan"), 1.0, 0.1, 0, -128, 127)
+    assert not _minmax.on_grid(0.0, float("inf"), 0.1, 0, -128, 127)
 
 
 @pytest.mark.parametrize("form", FORMS)
