@@ -174,7 +174,8 @@ def step_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     step without any."""
     head = ["network", "mode", "optimizer", "threads", "quantizers", "step", "spread", "samples/s", "over fp32"]
     floors = any(row.get("of_identity") is not None for row in result["rows"])
-    head += [*(["of identity's"] if floors else []), "peak"]
+    gains = any("speedup" in row for row in result["rows"])
+    head += [*(["of identity's"] if floors else []), *(["speed-up", "of the cap"] if gains else []), "peak"]
     lines = []
     for row in result["rows"]:
         batch = row.get("batch", result.get("batch"))
@@ -190,6 +191,8 @@ def step_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         line.append("-" if over is None else f"{100 * over:+.1f} %")
         if floors:
             line.append("-" if share is None else f"{share:.2f} x")
+        if gains:
+            line += [f"{row['speedup']:.2f} x", f"{100 * row['of_cap']:.0f} %"] if "speedup" in row else ["-", "-"]
         lines.append([*line, "-" if peak is None else f"{engineering(peak)}B"])
     return head, lines
 

@@ -10,6 +10,7 @@ import click
 import fastflat
 from fastflat.cli import _bench as common
 from fastflat.cli._bench import package, parse_counts, parse_sizes, parse_threads
+from fastflat.cli._bench_accelerate import accelerate
 from fastflat.cli._bench_record import Record, kernel_jobs, product_jobs, roofline_jobs
 from fastflat.cli._bench_records import compare, page
 from fastflat.cli._bench_run import run, step
@@ -45,7 +46,7 @@ def bench() -> None:
     common.needs("rich", "tqdm")
 
 
-for _command in (run, step, compare, page):
+for _command in (run, step, accelerate, compare, page):
     bench.add_command(_command)
 
 
