@@ -37,6 +37,7 @@ __all__ = [
     "choose",
     "curvature",
     "draw_state",
+    "export",
     "fake_quantize",
     "fake_quantize_dynamic",
     "fake_quantize_list",
@@ -57,6 +58,7 @@ __all__ = [
 #: Imported on first use: a tenth of a second that most programs do not need.
 _LATER = {
     "curvature": None,
+    "export": None,
     "integrations": None,
     "accelerate": "integrations",
     "accelerate_optimizer": "integrations",

@@ -26,7 +26,7 @@ STOREYS = (
     {"autograd"},
     {"functional"},
     SIBLINGS,
-    {"methods", "integrations", "audit"},
+    {"methods", "integrations", "audit", "export"},
     {"__init__"},
     {"benchmarks"},
     {"cli"},

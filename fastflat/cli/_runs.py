@@ -6,13 +6,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastflat import _files
 from fastflat.cli._config import Config
 
 CONFIG, METRICS, CHECKPOINT, REPORT = "config.json", "metrics.jsonl", "checkpoint.pt", "report.html"
@@ -24,17 +23,7 @@ _KEYS = {"format", "config", "checksum", "epoch", "model", "optimizer", "schedul
 
 def write(path: Path, content: str | bytes) -> None:
     """Write a file aside, flush it to disk, and rename it."""
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    _files.write_all({path: content.encode() if isinstance(content, str) else content})
 
 
 def check_free(out: Path) -> None:
