@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a prepared model goes out: codes of its weights and grids of its activations, or one line that says why not."""
+"""What of a prepared model goes out: codes of weights, grids of activations; or one line that says why not."""
 
 from __future__ import annotations
 

@@ -82,6 +82,8 @@ def trace(model: nn.Module, inputs: Sequence[Tensor], dynamic_batch: bool) -> to
         hint = "; dynamic_batch=False traces one batch size" if dynamic_batch else ""
         _checks.fail("export", "model", "be traced by torch.export", first_line(error), hint)
     for node in program.graph.nodes:
+        for note in ("stack_trace", "source_fn_stack"):  # paths of this machine
+            node.meta.pop(note, None)
         if node.op == "call_function" and getattr(node.target, "namespace", None) == "fastflat":
             stack = list(node.meta.get("nn_module_stack", {}).values())
             where = stack[-1][0] if stack and stack[-1][0] else "the model"

@@ -24,7 +24,7 @@ class Loaded:
     Attributes:
         path: its file.
         about: the description in it: the specs of weights and activations by name.
-        codes: the quantized weights as integers, by the parameters' names; what :func:`fastflat.quant.load_codes` takes.
+        codes: the quantized weights as integers, by the parameters' names, for :func:`fastflat.quant.load_codes`.
         run: what computes a call; None for files of tensors that were loaded without a model.
         model: the module that computes, where there is one.
         tensors: of a file of tensors, those that are no codes.

@@ -44,6 +44,10 @@ def encode(form: Form, inputs: Sequence[Tensor], dynamic_batch: bool, opset: int
     import onnx_ir as ir
 
     check_float32(form.model)
+    for name, layer in form.model.named_modules():
+        if isinstance(layer, nn.RNNBase):
+            hint = "; skip it in prepare, or export to torch (.pt2)"
+            _checks.fail(f"export({name})", "layer", "be no recurrent one in ONNX", type(layer).__name__, hint)
     about, places = form.about(), []
 
     def mark(name: str, what: LayerCodes | Grid) -> nn.Module:
@@ -57,11 +61,13 @@ def encode(form: Form, inputs: Sequence[Tensor], dynamic_batch: bool, opset: int
     except Exception as error:  # the exporter raises many kinds
         _checks.fail("export", "model", "be translated by torch.onnx", _graph.first_line(error.__cause__ or error))
     constants: dict[str, Any] = {}
-    for node in list(made.graph):
+    for count, node in enumerate(list(made.graph)):
         if node.domain == _DOMAIN:
             name, what = places[node.attributes["at"].as_int()]
             write = _weight if isinstance(what, LayerCodes) else _activation
             nodes = write(ir, name, what, node, constants, opset)
+            for each in nodes:  # a quantizer that is called twice has nodes of both calls
+                each.name = each.outputs[0].name = f"{each.name}_{count}"
             ir.convenience.replace_nodes_and_values(made.graph, node, [node], nodes, node.outputs, nodes[-1].outputs)
     used = {id(v) for node in made.graph for v in node.inputs if v is not None}
     for name, value in list(made.graph.initializers.items()):
@@ -111,11 +117,12 @@ def _constant(ir, constants: dict[str, Any], name: str, value: Tensor, type_name
 
 
 def _parameters(ir, constants, name: str, scale: Tensor, zero_point: Tensor | None, type_name: str) -> list:
-    zero = torch.zeros_like(scale) if zero_point is None else zero_point
-    return [
-        _constant(ir, constants, f"{name}.scale", scale),
-        _constant(ir, constants, f"{name}.zero_point", zero, type_name),
-    ]
+    """Scale and, where there is one, zero-point. onnxruntime 1.32 breaks graphs that give a signed one of 0: it makes
+    8-bit codes unsigned and leaves the type of nodes that its own rewriting has copied."""
+    made = [_constant(ir, constants, f"{name}.scale", scale)]
+    if zero_point is not None:
+        made.append(_constant(ir, constants, f"{name}.zero_point", zero_point, type_name))
+    return made
 
 
 def _attributes(spec: QuantSpec) -> dict[str, int]:
@@ -140,13 +147,16 @@ def _weight(ir, name: str, codes: LayerCodes, node, constants, opset: int) -> li
 
 def _activation(ir, name: str, grid: Grid, node, constants, opset: int) -> list:
     spec, x, y = grid.spec, node.inputs[0], node.outputs[0]
-    type_name = kind(spec, opset)
-    parameters = _parameters(ir, constants, name, grid.scale, grid.zero_point, type_name)
-    nodes = []
-    if (spec.qmin, spec.qmax) != _ends(type_name):
+    type_name, z, nodes = kind(spec, opset), grid.zero_point, []
+    wider = (spec.qmin, spec.qmax) != _ends(type_name)
+    if z is not None and spec.signed:
+        # The same values by unsigned codes, for the reason that _parameters gives.
+        type_name, z = f"U{type_name}", z + 2 ** (spec.bits - 1)
+    parameters = _parameters(ir, constants, name, grid.scale, z, type_name)
+    if wider:
         # The type is wider than the grid: a clip before it, whose ends round to the ends of the grid.
-        z = 0 if grid.zero_point is None else grid.zero_point
-        ends = [(end - z) * grid.scale for end in (spec.qmin, spec.qmax)]
+        zero = 0 if grid.zero_point is None else grid.zero_point
+        ends = [(end - zero) * grid.scale for end in (spec.qmin, spec.qmax)]
         if spec.axis is not None:
             after = -spec.axis - 1 if spec.axis < 0 else len(x.shape) - spec.axis - 1
             ends = [end.reshape(-1, *[1] * after) for end in ends]
@@ -155,7 +165,8 @@ def _activation(ir, name: str, grid: Grid, node, constants, opset: int) -> list:
             nodes.append(_node(ir, op, [x, bound], f"{name}.{op.lower()}", {}, y))
             x = nodes[-1].outputs[0]
     attributes = _attributes(spec)
-    q = _node(ir, "QuantizeLinear", [x, *parameters], f"{name}.codes", attributes, y, type_name)
+    typed = {**attributes, "output_dtype": int(getattr(ir.DataType, type_name))} if z is None else attributes
+    q = _node(ir, "QuantizeLinear", [x, *parameters], f"{name}.codes", typed, y, type_name)
     back = _node(ir, "DequantizeLinear", [q.outputs[0], *parameters], f"{name}.values", attributes, y)
     return [*nodes, q, back]
 
