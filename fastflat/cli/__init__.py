@@ -14,6 +14,7 @@ COMMANDS = {
     "audit": "check compiled GPU kernels against their budget, without a GPU",
     "bench": "measure throughput side by side with other implementations",
     "doctor": "show what is built, and which backend computes what, and why",
+    "export": "write a network as integer codes: ONNX, torch.export, torchao, safetensors",
     "spectrum": "show eigenvalues, trace and density of a trained network's curvature",
     "train": "train a low-bit network on real images; --demo compares three quantizers",
 }

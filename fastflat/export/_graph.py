@@ -74,7 +74,10 @@ def trace(model: nn.Module, inputs: Sequence[Tensor], dynamic_batch: bool) -> to
         inputs = [x.expand(2, *x.shape[1:]) if x.dim() and x.shape[0] == 1 else x for x in inputs]
     blank = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs)
     batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} if x.dim() else None for x in blank) if dynamic_batch else None
+    shapes = torch.export.ShapesCollection()
+    for x in blank:
+        if dynamic_batch and x.dim():
+            shapes[x] = {0: batch}
     try:
         with torch.no_grad(), quietly():
             program = torch.export.export(model, blank, dynamic_shapes=shapes, strict=False)

@@ -74,8 +74,9 @@ class Each(nn.Module):
 
 @pytest.mark.parametrize("opset", [21, 25])
 def test_activations(opset, tmp_path):
+    chosen = {name: each for name, each in ACTIVATIONS.items() if opset == 21 or each[1][0] != each[1][1]}
     inputs, layers = [], []
-    for spec, _ in ACTIVATIONS.values():
+    for spec, _ in chosen.values():
         x, scale = ties(spec)
         layer = QuantConv1d.from_float(nn.Conv1d(3, 4, 1), None, spec)
         scale = scale if spec.axis is not None else scale[0]
@@ -87,13 +88,14 @@ def test_activations(opset, tmp_path):
     export.save(model, path, inputs, opset=opset)
     values, kinds = export.load(path).values(*inputs), kinds_in(path)
     clipped = {node.output[0].rpartition(".")[0] for node in onnx.load(path).graph.node if node.op_type == "Min"}
-    for i, (name, (spec, wanted)) in enumerate(ACTIVATIONS.items()):
+    for i, (name, (spec, wanted)) in enumerate(chosen.items()):
         place, kind = f"layers.{i}.input_quantizer", wanted[opset == 25]
         assert torch.equal(values[place], layers[i].input_quantizer(inputs[i])), name
         assert kinds[f"{place}.scale"] == kind, name
         assert (place in clipped) == (spec.bits < int(kind.rpartition("T")[2]) or spec.narrow), name
-    export.save(model, tmp_path / "a.pt2", inputs)
-    assert all(map(torch.equal, export.load(tmp_path / "a.pt2")(*inputs), model(*inputs)))
+    if opset == 21:
+        export.save(model, tmp_path / "a.pt2", inputs)
+        assert all(map(torch.equal, export.load(tmp_path / "a.pt2")(*inputs), model(*inputs)))
 
 
 def test_weights(tmp_path):
@@ -126,11 +128,10 @@ class Words(nn.Module):
         return self.fc(self.attention(x, x, x, need_weights=False)[0])
 
 
-@pytest.mark.parametrize("fuse", [False, True])
-def test_other_layers(fuse, tmp_path):
+def test_other_layers(tmp_path):
     torch.manual_seed(0)
     weights, activations = ff.QuantSpec(bits=4, axis=0), ff.QuantSpec(bits=8)
-    model = ff.prepare(Words(), weights=weights, activations=activations, fuse_weights=fuse)
+    model = ff.prepare(Words(), weights=weights, activations=activations, fuse_weights=True)
     indices = torch.randint(0, 9, (4, 6))
     ff.calibrate(model, [indices]).eval()
     for ending in (".onnx", ".pt2"):
