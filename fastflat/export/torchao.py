@@ -83,8 +83,6 @@ def _put(layer: nn.Module, which: str, tensor: Tensor) -> None:
 
 
 def _tensor(label: str, codes: LayerCodes) -> Tensor:
-    from torchao.quantization import IntxUnpackedToInt8Tensor
-
     spec = QuantSpec.from_dict(codes.spec)
     if spec.bits > 8:
         _checks.fail(label, "spec.bits", "be at most 8 for torchao", spec.bits)
@@ -103,7 +101,7 @@ def _tensor(label: str, codes: LayerCodes) -> Tensor:
     zero_point = zero_point - shift
     if torch.equal(zero_point, zero_point.round().clamp(-128, 127)):
         zero_point = zero_point.to(torch.int8)
-    made = IntxUnpackedToInt8Tensor(
+    made = _tensor_class()(
         (codes.codes.to(torch.int16) - shift).to(torch.int8),
         scale,
         zero_point,
@@ -116,6 +114,12 @@ def _tensor(label: str, codes: LayerCodes) -> Tensor:
         got = f"another (format, zero-point or {codes.dtype})"
         _checks.fail(label, "weight", "be the value that torchao computes from its codes", got)
     return made
+
+
+def _tensor_class() -> type:
+    with _graph.quietly():
+        from torchao.quantization import IntxUnpackedToInt8Tensor
+    return IntxUnpackedToInt8Tensor
 
 
 def _parts(tensor: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
