@@ -63,7 +63,8 @@ class _Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         # The graph as it is written: rewriting to integer kernels moves results by more than sums in another order do.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_mem_reuse = False  # before 1.31, 4-bit values are overwritten otherwise
         try:
             self._session = onnxruntime.InferenceSession(
                 proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -79,7 +80,8 @@ class _Session:
             _checks.fail("export.load", "inputs", f"be {len(names)} tensors", len(inputs))
         fed = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
         given = [output.name for output in self._session.get_outputs()]
-        return dict(zip(given, map(torch.from_numpy, self._session.run(None, fed)), strict=True))
+        # Copies: the session may own the memory.
+        return {name: torch.tensor(value) for name, value in zip(given, self._session.run(None, fed), strict=True)}
 
     def __call__(self, *inputs: Tensor) -> Any:
         found = tuple(self.all(*inputs).values())

@@ -75,6 +75,8 @@ def encode(form: Form, inputs: Sequence[Tensor], dynamic_batch: bool, opset: int
             del made.graph.initializers[name]
     for value in constants.values():
         made.graph.register_initializer(value)
+    if dynamic_batch:
+        _name_batch(ir, made.graph)
     for node in made.graph:  # the exporter's notes hold source lines and paths of this machine
         node.metadata_props.clear()
         for value in node.outputs:
@@ -91,6 +93,15 @@ def encode(form: Form, inputs: Sequence[Tensor], dynamic_batch: bool, opset: int
         _checks.fail("export", "model", "take less than 2 GB in ONNX", f"{proto.ByteSize()} bytes")
     onnx.checker.check_model(proto)
     return proto.SerializeToString()
+
+
+def _name_batch(ir, graph) -> None:
+    """Call the first axis of the inputs "batch" wherever it occurs."""
+    firsts = {value.shape[0].value for value in graph.inputs if value.shape and not isinstance(value.shape[0], int)}
+    for value in (*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)):
+        for axis, size in enumerate(value.shape or ()):
+            if not isinstance(size, int) and size.value in firsts:
+                value.shape[axis] = ir.SymbolicDim("batch")
 
 
 def kind(spec: QuantSpec, opset: int) -> str:
@@ -117,8 +128,7 @@ def _constant(ir, constants: dict[str, Any], name: str, value: Tensor, type_name
 
 
 def _parameters(ir, constants, name: str, scale: Tensor, zero_point: Tensor | None, type_name: str) -> list:
-    """Scale and, where there is one, zero-point. onnxruntime 1.32 breaks graphs that give a signed one of 0: it makes
-    8-bit codes unsigned and leaves the type of nodes that its own rewriting has copied."""
+    """Scale and zero-point."""
     made = [_constant(ir, constants, f"{name}.scale", scale)]
     if zero_point is not None:
         made.append(_constant(ir, constants, f"{name}.zero_point", zero_point, type_name))
@@ -141,6 +151,7 @@ def _weight(ir, name: str, codes: LayerCodes, node, constants, opset: int) -> li
         z = held
     type_name = kind(spec, opset)
     data = _constant(ir, constants, name, codes.codes, type_name)
+    z = torch.zeros_like(codes.scale) if z is None else z
     rest = _parameters(ir, constants, name, codes.scale.clamp(min=spec.eps), z, type_name)
     return [_node(ir, "DequantizeLinear", [data, *rest], f"{name}_dequantized", _attributes(spec), node.outputs[0])]
 
@@ -149,8 +160,9 @@ def _activation(ir, name: str, grid: Grid, node, constants, opset: int) -> list:
     spec, x, y = grid.spec, node.inputs[0], node.outputs[0]
     type_name, z, nodes = kind(spec, opset), grid.zero_point, []
     wider = (spec.qmin, spec.qmax) != _ends(type_name)
+    # onnxruntime 1.32 makes signed 8-bit codes unsigned, and where a zero-point gives the type it leaves that of nodes
+    # which its own rewriting has copied: signed codes go without one, those that need one go unsigned.
     if z is not None and spec.signed:
-        # The same values by unsigned codes, for the reason that _parameters gives.
         type_name, z = f"U{type_name}", z + 2 ** (spec.bits - 1)
     parameters = _parameters(ir, constants, name, grid.scale, z, type_name)
     if wider:

@@ -18,6 +18,22 @@ BITS = {
 }
 
 
+#: What the endings need beside the packages of `make test`, and what brings it.
+_NEEDS = {".onnx": ("onnxruntime", "pip install 'fastflat[export]'"), ".pt": ("torchao", "make peers")}
+
+
+def needing(*endings):
+    """Endings as parameters, each skipped where its package is missing."""
+    found = []
+    for ending in endings:
+        package, mend = _NEEDS.get(ending, ("torch", ""))
+        missing = importlib.util.find_spec(package) is None
+        found.append(
+            pytest.param(ending, marks=pytest.mark.skipif(missing, reason=f"{package} is not installed: {mend}"))
+        )
+    return found
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()
@@ -39,11 +55,6 @@ def convnet(weights=None, activations=None, bits=None, seed=0):
     activations = ff.QuantSpec.lsq(bits=4, signed=False) if activations is None else activations
     ff.prepare(net, weights=weights, activations=activations, bits=bits)
     return ff.calibrate(net, [x[:32]]).eval(), x
-
-
-@pytest.fixture
-def demo():
-    return convnet()
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ import fastflat as ff
 from fastflat import export
 from fastflat.quant import export_codes
 
+from .conftest import needing
+
 
 def linear(weights=None, activations=None, calibrated=True):
     torch.manual_seed(0)
@@ -198,10 +200,8 @@ def test_programs_with_code_in_them(change, text, tmp_path):
         export.load(path)
 
 
-@pytest.mark.parametrize("ending", [".onnx", ".pt2", ".pt", ".safetensors"])
+@pytest.mark.parametrize("ending", needing(".onnx", ".pt2", ".pt", ".safetensors"))
 def test_other_files(ending, tmp_path):
-    if ending == ".pt":
-        pytest.importorskip("torchao", reason="torchao is not installed: make peers")
     path = tmp_path / f"m{ending}"
     with pytest.raises(FileNotFoundError, match="path must be a file"):
         export.load(path)
@@ -219,10 +219,8 @@ def test_other_files(ending, tmp_path):
             export.load(path)
 
 
-@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+@pytest.mark.parametrize("ending", needing(".pt", ".safetensors"))
 def test_models_that_a_file_does_not_fit(ending, tmp_path):
-    if ending == ".pt":
-        pytest.importorskip("torchao", reason="torchao is not installed: make peers")
     path = tmp_path / f"m{ending}"
     export.save(linear(W, ff.QuantSpec(bits=8)), path)
     with pytest.raises(ValueError, match="must have a model to run, got tensors alone"):

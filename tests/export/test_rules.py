@@ -10,6 +10,7 @@ from fastflat import export
 from fastflat.quant import QuantConv1d, QuantLinear
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'fastflat[export]'")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'fastflat[export]'")
 
 #: Activations: the spec, and the ONNX type of its codes with opsets 21 and 25.
 ACTIVATIONS = {

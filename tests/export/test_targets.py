@@ -2,7 +2,6 @@
 """Every target: out and back, on the demo's network and CREPE-tiny; and what none takes."""
 
 import copy
-import importlib.util
 
 import pytest
 import torch
@@ -12,18 +11,9 @@ from fastflat import export
 from fastflat.cli._models import ConvNet
 from fastflat.quant import export_codes
 
-from .conftest import BITS, convnet
+from .conftest import BITS, convnet, needing
 
-ENDINGS = [
-    pytest.param(
-        ending,
-        marks=pytest.mark.skipif(
-            name == "torchao" and importlib.util.find_spec("torchao") is None,
-            reason="torchao is not installed: make peers",
-        ),
-    )
-    for name, ending in export.TARGETS.items()
-]
+ENDINGS = needing(*export.TARGETS.values())
 GRAPHS = (".onnx", ".pt2")
 
 
@@ -77,3 +67,14 @@ def test_crepe_tiny(ending, crepe, tmp_path):
         assert torch.equal(model(x).argmax(1), loaded(x).argmax(1))
     else:
         assert found.output == 0
+
+
+def test_a_session_of_ones_own(tmp_path):
+    ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'fastflat[export]'")
+    model, x = convnet(bits=BITS["w8a8"])
+    export.save(model, tmp_path / "demo.onnx", x)
+    session = ort.InferenceSession(tmp_path / "demo.onnx", providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    assert given.shape == ["batch", 1, 28, 28]
+    (y,) = session.run(None, {given.name: x.numpy()})
+    torch.testing.assert_close(torch.tensor(y), model(x), rtol=0, atol=2e-3)
