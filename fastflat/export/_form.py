@@ -23,7 +23,7 @@ _KNOWN = {kind.quantize for kind in (Quantizer, EagerQuantizer, BuiltinQuantizer
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The quantizer of an activation, ``y = (clamp(round(x / s) + z, qmin, qmax) - z) s``.
+    """The quantizer of an activation, ``y = (clamp(round(x / s) + z, qmin, qmax) - z) s`` (rectified: of max(x, 0)).
 
     Attributes:
         spec: the rule, as in evaluation.

@@ -47,6 +47,7 @@ class ActivationGrid(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         spec, s = self.spec, spread(self.scale, x, self.spec)
+        x = x.relu() if spec.rectified else x
         u = x * s.reciprocal() if spec.arithmetic == "reciprocal" else x / s
         if self.zero_point is None:
             return u.round().clamp(spec.qmin, spec.qmax) * s

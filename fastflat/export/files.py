@@ -17,6 +17,9 @@ from fastflat.export._loaded import Loaded, codes_of
 from fastflat.quant import codes_to_tensors, load_codes
 from fastflat.quant.prepare import check_before_load
 
+#: Fields of a spec that training alone reads.
+_TRAINING = {"estimator", "grad_scale", "mask", "through", "nan_gradient", "noise"}
+
 
 def encode(form: Form) -> dict[str, bytes]:
     """The files' contents by what is put behind the stem."""
@@ -91,8 +94,8 @@ def check_rest(model: nn.Module, rest: dict[str, Tensor], about: dict[str, Any])
         if value.shape != own[name].shape:
             _checks.fail("export.load", name, f"have shape {list(own[name].shape)}", list(value.shape))
     for name, spec in about["activations"].items():
-        held = model.get_submodule(name).spec.to_dict()
-        differing = [f for f in ("bits", "signed", "narrow", "symmetric", "axis", "zero") if held[f] != spec.get(f)]
+        held = model.get_submodule(name).spec.evaluation().to_dict()
+        differing = [f for f in held if f not in _TRAINING and held[f] != spec.get(f)]
         if differing:
             field = differing[0]
             _checks.fail(f"export.load({name})", f"spec.{field}", f"be {held[field]!r}, the model's", spec.get(field))

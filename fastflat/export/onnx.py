@@ -159,6 +159,9 @@ def _weight(ir, name: str, codes: LayerCodes, node, constants, opset: int) -> li
 def _activation(ir, name: str, grid: Grid, node, constants, opset: int) -> list:
     spec, x, y = grid.spec, node.inputs[0], node.outputs[0]
     type_name, z, nodes = kind(spec, opset), grid.zero_point, []
+    if spec.rectified:
+        nodes.append(_node(ir, "Relu", [x], f"{name}.rectified", {}, y))
+        x = nodes[-1].outputs[0]
     wider = (spec.qmin, spec.qmax) != _ends(type_name)
     # onnxruntime 1.32 makes signed 8-bit codes unsigned, and where a zero-point gives the type it leaves that of nodes
     # which its own rewriting has copied: signed codes go without one, those that need one go unsigned.

@@ -229,6 +229,7 @@ def test_models_that_a_file_does_not_fit(ending, tmp_path):
         "tensors must belong to the model, got 0.input_quantizer": linear(W),
         "spec.bits must be 3, the model's": linear(W.replace(bits=3), ff.QuantSpec(bits=8)),
         "spec.bits must be 4, the model's, got 8": linear(W, ff.QuantSpec(bits=4)),
+        "spec.scale_is must be 'absmax', the model's, got s": linear(W, ff.QuantSpec(bits=8, scale_is="absmax")),
         "0.bias must have shape": ff.prepare(
             nn.Sequential(nn.Linear(6, 5)), weights=W, activations=ff.QuantSpec(bits=8)
         ),

@@ -28,6 +28,8 @@ ACTIVATIONS = {
     "torch": (ff.QuantSpec.torch(bits=8, signed=False), ("UINT8", "UINT8")),
     "12 bits": (ff.QuantSpec(bits=12), ("INT16", "INT16")),
     "16 bits": (ff.QuantSpec(bits=16, signed=False), ("UINT16", "UINT16")),
+    "rectified": (ff.QuantSpec(bits=4, rectified=True), ("INT4", "INT4")),
+    "rectified, affine": (ff.QuantSpec(bits=3, rectified=True, signed=False, symmetric=False), ("UINT4", "UINT4")),
     "learned": (ff.QuantSpec.lsq(bits=4, scale_is="log2"), ("INT4", "INT4")),
     "noise": (ff.QuantSpec.lsq(bits=4, noise="uniform"), ("INT4", "INT4")),
 }
