@@ -178,9 +178,11 @@ struct Backward : Gradients<X, drawn>, ScaleGradients<compute_t<X>> {
   using Compute = C;
   using Finish = ScaleGradients<C>;
   static constexpr int sums = 3;
-  // With draws: up to 128 registers a thread, for the 80 of three blocks are too few for ten rounds beside three sums.
+  // With draws, or in fp64: up to 128 registers a thread, for the 80 of three blocks are too few for ten rounds or for
+  // masks and limits of two registers each, beside three sums.
   // Left to itself ptxas spills fp64 columns at 80, and at 128 those of mixed pairs with draws.
-  static constexpr int blocks_at_once = drawn ? 2 : kBlocksAtOnce, column_blocks_at_once = drawn ? 1 : 2;
+  static constexpr int blocks_at_once = drawn || sizeof(C) == 8 ? 2 : kBlocksAtOnce,
+                       column_blocks_at_once = drawn ? 1 : 2;
 
   C* shares;  // of delta's gradient, one a unit
 
