@@ -53,7 +53,7 @@ class Plan(NamedTuple):
         return self._replace(grid=(qmin, qmax, axis, group, eps, rules))
 
 
-_RULES_OF_PASSING = RULES["mask_none"] | RULES["through_chain"]
+_RULES_OF_PASSING = RULES["mask_none"] | RULES["through_chain"] | RULES["rectified"]
 
 
 def passes_all(plan: Plan) -> bool:

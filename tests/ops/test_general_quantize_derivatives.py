@@ -250,3 +250,21 @@ def test_dynamic_scales_are_constants():
     assert torch.equal(product, torch.where(inside, g, 0.0))
     batched = torch.func.vmap(lambda x: ff.fake_quantize_dynamic(x, spec=spec)[0])(x.detach().view(4, 1, 64))
     assert torch.equal(batched.view(4, 64), y.detach())
+
+
+@pytest.mark.parametrize("mask", ["before", "after", "none"])
+@pytest.mark.parametrize("estimator", ["ste", "lsq"])
+def test_what_is_not_above_zero_passes_no_gradient_of_a_rectified_grid(estimator, mask):
+    """Those of a ReLU before the same quantizer; also where every other element passes."""
+    spec = ff.QuantSpec(bits=4, signed=False, rectified=True, mask=mask, estimator=estimator)
+    x = torch.tensor([-1.0, -0.0, 0.0, 0.3, 1.0, 5.0, torch.nan], requires_grad=True)
+    for function in (
+        lambda x, spec: ff.fake_quantize(x, torch.tensor(0.1), spec=spec),
+        lambda x, spec: ff.fake_quantize_dynamic(x[:6], spec=spec.replace(estimator="ste"))[0],
+    ):
+        found, expected = (
+            torch.autograd.grad(function(given, rule).sum(), x)[0]
+            for given, rule in ((x, spec), (x.relu(), spec.replace(rectified=False)))
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        assert found[:3].tolist() == [0.0, 0.0, 0.0]
