@@ -46,6 +46,8 @@ def test_python_blocks_run(page, number, monkeypatch):
             pytest.skip("fastflat.benchmarks is not installed: pip install --no-build-isolation -e .")
         for name in packages(code) & set(PEERS):
             pytest.importorskip(name, reason=f"{name} is not installed: make peers")
+        if ".onnx" in code:
+            pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'fastflat[export]'")
         names: dict = {}
         for text in (first, code) if number else (first,):
             exec(compile(text, page.name, "exec"), names)

@@ -27,6 +27,7 @@ def floats(train, tmp_path):
 
 
 def test_a_quantized_run(quantized, command, tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'fastflat[export]'")
     out = tmp_path / "net.onnx"
     code, text, err = command("export", quantized, "--to", "onnx", "--out", out, "--check")
     assert code == 0, err
