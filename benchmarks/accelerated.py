@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 import fastflat
 
-from . import measure
+from . import measure, step
 from .measure import Effort
 from .peer_models import SUBJECTS
 from .peers import first_line
-from .run import timed
 
 #: Rows of a case: without quantizers, with the library's own, with those accelerated.
 PEERS = ("fp32", "theirs", "fastflat")
@@ -57,23 +56,18 @@ def rows(name: str, threads: int, effort: Effort, batch: int | None = None) -> l
         calls = {peer: _step(model, subject.loss) for peer, model in models.items()}
         taken = measure.interleaved(calls, effort)
         peaks = {peer: measure.peak_memory(call, torch.device("cpu")) for peer, call in calls.items()}
-    found = []
-    for peer, timing in taken.items():
-        over = None if peer == "fp32" else timing.over(taken["fp32"]) - 1
-        row = {**named, "peer": peer, **timed(timing), "samples_per_second": batch / timing.median}
-        found.append({**row, "peak_bytes": peaks[peer], "overhead": over, "of_identity": None})
+    found = [step.finished({**named, "peer": p}, timing, peaks[p], taken["fp32"]) for p, timing in taken.items()]
     gain = {"speedup": taken["theirs"].over(taken["fastflat"]), "of_cap": taken["fp32"].over(taken["fastflat"])}
     found[-1] |= gain
     return found
 
 
 def _step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Callable[[], None]:
-    # A rate this small keeps every model where it began, however often it is timed.
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=step.RATE, momentum=step.MOMENTUM)
 
-    def step() -> None:
+    def call() -> None:
         optimizer.zero_grad(set_to_none=True)
         loss(model).backward()
         optimizer.step()
 
-    return step
+    return call

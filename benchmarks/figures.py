@@ -10,7 +10,6 @@ python -m fastflat.benchmarks.figures docs/curvature.md benchmarks/results/curva
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -199,9 +198,7 @@ def main(page: str, first: str, others: str = "", figure: str = "") -> None:
         if name == "curvature" and result["allocator"].startswith("default"):
             name = "curvature-default"
         text = insert(target.read_text(), name, first, table(result))
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(target)
+    report.write_text(target, text)
     if figure:
         draw(result, Path(figure))
 

@@ -71,6 +71,11 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def host_threads(count: int, device: torch.device | devices.Device) -> contextlib.AbstractContextManager:
+    """:func:`threads` where the CPU is measured."""
+    return threads(count) if devices.of(device).kind == "cpu" else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
     was = gc.isenabled()

@@ -76,8 +76,8 @@ class SmallResNet18(nn.Module):
         return self.fc(self.blocks(F.relu(self.bn1(self.conv1(x)))).mean((2, 3)))
 
 
-class _Attention(nn.Module):
-    """A transformer's layer, norms first; attention in plain operations, of which every tool has derivatives."""
+class TransformerLayer(nn.Module):
+    """Attention and a feed-forward net of four times the width, each after a layer norm and beside a shortcut."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -88,9 +88,13 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-        x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
+        x = x + self.out(self.attended(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+    @staticmethod
+    def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention in plain operations, of which every tool has derivatives."""
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 class Transformer(nn.Module):
@@ -98,7 +102,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int = 128, heads: int = 4, layers: int = 2, classes: int = 10) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(_Attention(width, heads) for _ in range(layers)))
+        self.layers = nn.Sequential(*(TransformerLayer(width, heads) for _ in range(layers)))
         self.norm, self.fc = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:

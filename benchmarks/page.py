@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-from . import audited, machine, plots, sections
+from . import audited, machine, plots, report, sections
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 _NOTES = {
@@ -43,14 +42,8 @@ def html(result: dict[str, Any]) -> str:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write aside and rename: a file of that name is whole or is the old one."""
-    text = html(result)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """The page as a file."""
+    report.write_text(path, html(result))
 
 
 def machines(result: dict[str, Any]) -> list[str]:

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 import fastflat
 
+from . import networks
+
 _HOME_MADE = "LSQ of benchmarks/peer_models.py"
 
 #: Of the stages of ResNet-20 for CIFAR-10 (He et al., CVPR 2016), before and after each block.
@@ -71,20 +73,10 @@ class ResNet20(nn.Module):
         return self.dequant(self.fc(self.blocks(x).mean((2, 3))))
 
 
-class TransformerBlock(nn.Module):
-    """Attention and a feed-forward net of four times the width, each after a layer norm and beside a shortcut."""
+class TransformerBlock(networks.TransformerLayer):
+    """With PyTorch's fused attention."""
 
-    def __init__(self, dim: int = 512, heads: int = 8) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+    attended = staticmethod(F.scaled_dot_product_attention)
 
 
 def torch_ao(version: int, batch: int) -> Subject:
@@ -111,7 +103,7 @@ def torchao_block(batch: int, group: int = 32) -> Subject:
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
     torch.manual_seed(0)
-    model = TransformerBlock().train()
+    model = TransformerBlock(512, 8).train()
     activation = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
     weight = IntxFakeQuantizeConfig(torch.int4, group_size=group)
     quantize_(model, QATConfig(activation_config=activation, weight_config=weight, step="prepare"))

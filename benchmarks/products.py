@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from . import measure
 from .measure import Effort
-from .peers import PEERS, Unsupported, products
+from .peers import PEERS, Unsupported, first_line, products
 from .product_cases import ProductCase, ProductData
 
 _GRADIENT = "gradient"
@@ -41,8 +40,7 @@ def prepared(peer: str, data: ProductData) -> tuple[Callable[[], Tensor], Tensor
     except Exception as error:  # whatever a peer raises is its own: the other rows must not be lost
         if peer == "fastflat":
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise Unsupported(f"{type(error).__name__}: {reason}") from None
+        raise Unsupported(f"{type(error).__name__}: {first_line(error)}") from None
 
 
 def rows(
@@ -59,7 +57,7 @@ def rows(
         "family": "curvature", "threads": threads, "mode": case.mode, "network": case.network,
         "quantized": case.quantized, "k": case.k,
     }  # fmt: skip
-    with measure.threads(threads) if device.type == "cpu" else contextlib.nullcontext():
+    with measure.host_threads(threads, device):
         data = case.data(device)
         named["parameters"] = data.v.shape[1]
         wanted = exact(data)

@@ -27,10 +27,15 @@ _PEAKS = ("fastflat", "eager")
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
+    """A result as a file of the current format."""
+    write_text(path, json.dumps({"format": FORMAT, **result}, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write aside and rename: a file of that name is whole or is the old one."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(json.dumps({"format": FORMAT, **result}, indent=1) + "\n")
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

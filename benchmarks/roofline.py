@@ -56,7 +56,7 @@ def rows(
     length = (QUICK_ARRAY if quick else ARRAY)[device.kind] // 4
     side = (QUICK_SIDE if quick else SIDE)[device.kind]
     kinds = [torch.float32, *(d for d in dict.fromkeys(dtypes) if d is not torch.float32)]
-    with device.active(), _host_threads(device, threads), _exact_products():
+    with device.active(), measure.host_threads(threads, device), _exact_products():
         a, b = (torch.ones(length, device=device.place) for _ in range(2))
         c = torch.empty_like(a)
         calls = {("copy", "fp32"): lambda: c.copy_(a), ("triad", "fp32"): lambda: torch.add(a, b, alpha=0.5, out=c)}
@@ -102,7 +102,3 @@ def _exact_products():
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _host_threads(device: Device, count: int):
-    return measure.threads(count) if device.kind == "cpu" else contextlib.nullcontext()

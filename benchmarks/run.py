@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -56,7 +55,7 @@ def rows(
         "shape": list(case.shape),
     }
     timer = timers.of(device)
-    with device.active(), measure.threads(threads) if device.kind == "cpu" else contextlib.nullcontext():
+    with device.active(), measure.host_threads(threads, device):
         copies = [case.data(device.place) for _ in range(timer.copies(_WORKING_SET * case.bytes))]
         calls, missing = {_COPY: [measure.copy_of(data.x) for data in copies]}, {}
         if roofs is not None:

@@ -24,6 +24,7 @@ from .peers import first_line
 from .peers.modules import QUANTIZERS
 from .run import timed
 
+#: A rate this small keeps every model where it began, however often it is timed.
 RHO, RATE, MOMENTUM = 0.05, 1e-9, 0.9
 MODES = ("eager", "compile")
 #: "sam-loop": the popular implementation over torch's SGD. Both SAMs do two passes a step.
@@ -147,7 +148,6 @@ def _step(model: nn.Module, optimizer: str, mode: str, x: Tensor, target: Tensor
     if mode == "compile":
         forward = torch.compile(model, dynamic=False)
     params = list(model.parameters())
-    # A rate this small keeps every model where it began, however often it is timed.
     if optimizer == "sam":
         opt = fastflat.optim.SAM(params, base="sgd", lr=RATE, momentum=MOMENTUM, rho=RHO)
         first, second = opt.first_step, opt.second_step
@@ -201,7 +201,7 @@ def rows(
         "batch": case.batch, "bits": case.bits,
     }  # fmt: skip
     variants = case.variants(peers)
-    with device.active(), measure.threads(threads) if device.kind == "cpu" else contextlib.nullcontext():
+    with device.active(), measure.host_threads(threads, device):
         calls, missing = steps(case, variants, device.place)
         timings = measure.interleaved(calls, effort, timer=timers.of(device))
         peaks = {key: measure.peak_memory(call, device) for key, call in calls.items()}
@@ -213,8 +213,16 @@ def rows(
             continue
         timing = timings[peer, optimizer]
         base, identity = (timings.get((name, optimizer)) for name in ("fp32", "identity"))
-        over = None if base is None or peer == "fp32" else timing.over(base) - 1
-        share = None if over is None or identity is None else over / (identity.over(base) - 1)
-        row |= timed(timing) | {"samples_per_second": case.batch / timing.median, "peak_bytes": peaks[peer, optimizer]}
-        found.append({**row, "overhead": over, "of_identity": share})
+        found.append(finished(row, timing, peaks[peer, optimizer], base, identity))
     return found
+
+
+def finished(
+    row: dict[str, Any], timing: measure.Timing, peak: int, base: measure.Timing | None,
+    identity: measure.Timing | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A row that names its case, with the numbers of a step; ``base`` is that of fp32."""
+    over = None if base is None or row["peer"] == "fp32" else timing.over(base) - 1
+    share = None if over is None or identity is None else over / (identity.over(base) - 1)
+    row = row | timed(timing) | {"samples_per_second": row["batch"] / timing.median, "peak_bytes": peak}
+    return {**row, "overhead": over, "of_identity": share}

@@ -34,6 +34,11 @@ def fail(op: str, argument: str, want: str, got: object, hint: str = "") -> None
     raise kind(f"fastflat::{op}: {argument} must {want}, got {got}{hint}")
 
 
+def first_line(error: BaseException, most: int = 160) -> str:
+    """What an error of another library says, as part of one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
 def data(op: str, x: object, spec: object, name: str = "x") -> None:
     """x is a dense floating tensor that the spec's axis or group fits."""
     if not isinstance(x, Tensor):

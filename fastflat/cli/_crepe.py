@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastflat import _checks
+
 
 class CrepeTiny(nn.Module):
     """Six convolutions over time, ReLU, batch norm, pooling by two, and a linear layer to 360 bins of pitch: 0.49 M
@@ -55,6 +57,6 @@ def load() -> CrepeTiny:
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises many kinds for a broken file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        reason = _checks.first_line(error, 120)
         raise ValueError(f"crepe-tiny: {path} must hold the weights of CREPE-tiny, got: {reason}") from None
     return model.eval()

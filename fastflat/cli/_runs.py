@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastflat import _files
+from fastflat import _checks, _files
 from fastflat.cli._config import Config
 
 CONFIG, METRICS, CHECKPOINT, REPORT = "config.json", "metrics.jsonl", "checkpoint.pt", "report.html"
@@ -89,7 +89,7 @@ def checkpoint(run: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        reason = _checks.first_line(error, 120)
         raise ValueError(f"train: {path} must be a whole checkpoint, got: {reason}") from None
     if not isinstance(state, dict) or set(state) != _KEYS or state["format"] != FORMAT:
         raise ValueError(f"train: {path} must be a checkpoint of fastflat train (format {FORMAT}), got another file")

@@ -13,16 +13,18 @@ import click
 import torch
 from torch import Tensor, nn
 
+from fastflat import QuantSpec, calibrate, prepare
+from fastflat import export as exporting
 from fastflat.cli import _subject
 from fastflat.cli._subject import PRETRAINED
-
-_ENDINGS = {"onnx": ".onnx", "torch": ".pt2", "torchao": ".pt", "safetensors": ".safetensors"}
+from fastflat.export import TARGETS
+from fastflat.quant import LAYERS, QuantLayer, quantizers
 
 
 @click.command(context_settings={"max_content_width": 110})
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option("--model", type=click.Choice(PRETRAINED), help="A pretrained network in place of a run.")
-@click.option("--to", "target", required=True, type=click.Choice(tuple(_ENDINGS)), help="Kind of file.")
+@click.option("--to", "target", required=True, type=click.Choice(tuple(TARGETS)), help="Kind of file.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The file.")
 @click.option(
     "--bits", "bits_file", type=click.Path(path_type=Path),
@@ -57,11 +59,9 @@ def export(run: Path | None, model: str | None, target: str, out: Path, **given:
       fastflat export runs/float --bits runs/float/allocate/bits.json --to safetensors --out float.safetensors
       fastflat export --model crepe-tiny --weight-bits 4 --to torch --out crepe.pt2 --check
     """
-    from fastflat import export as exporting
-
     _subject.check("export", run, model, {"json_file": None, "out": None})
-    if out.suffix != _ENDINGS[target]:
-        raise ValueError(f"export: --out must end in {_ENDINGS[target]} for --to {target}, got {out}")
+    if out.suffix != TARGETS[target]:
+        raise ValueError(f"export: --out must end in {TARGETS[target]} for --to {target}, got {out}")
     if out.is_dir() or not out.resolve().parent.is_dir():
         raise ValueError(f"export: --out must name a file in an existing folder, got {out}")
     bits = None if given["bits_file"] is None else _bits(given["bits_file"])
@@ -70,7 +70,7 @@ def export(run: Path | None, model: str | None, target: str, out: Path, **given:
     subject = _subject.load("export", run, model)
     network = subject.model.cpu().eval()
     examples = [x.cpu() for x, _ in subject.batches(given["batches"], given["batch"])]
-    if any(True for _ in _quantizers(network)):
+    if any(True for _ in quantizers(network)):
         named = [f"--{n.replace('_', '-')}" for n in ("weight_bits", "activation_bits") if given[n] is not None]
         if bits is not None or named:
             got = " and ".join([*(["--bits"] if bits is not None else []), *named])
@@ -81,13 +81,7 @@ def export(run: Path | None, model: str | None, target: str, out: Path, **given:
     sizes = ", ".join(f"{path} ({path.stat().st_size} bytes)" for path in written)
     click.echo(f"{subject.name}: {sizes}")
     if given["check"]:
-        _check(exporting, network, out, target, examples[0])
-
-
-def _quantizers(model: nn.Module):
-    from fastflat.quant import quantizers
-
-    return quantizers(model)
+        _check(network, out, target, examples[0])
 
 
 def _bits(path: Path) -> dict[str, dict[str, int]]:
@@ -105,9 +99,6 @@ def _bits(path: Path) -> dict[str, dict[str, int]]:
 
 def _rounded(model, bits, weight_bits: int | None, activation_bits: int | None, examples: list[Tensor]) -> nn.Module:
     """A float network with quantizers."""
-    from fastflat import QuantSpec, calibrate, prepare
-    from fastflat.quant import LAYERS, QuantLayer
-
     weights = QuantSpec(bits=8 if weight_bits is None else weight_bits, axis=0)
     width = 8 if activation_bits is None else activation_bits
     activations = QuantSpec(bits=width, signed=False, symmetric=False) if width else None
@@ -123,7 +114,7 @@ def _rounded(model, bits, weight_bits: int | None, activation_bits: int | None, 
 
 
 @torch.no_grad()
-def _check(exporting, network: nn.Module, out: Path, target: str, x: Tensor) -> None:
+def _check(network: nn.Module, out: Path, target: str, x: Tensor) -> None:
     blank = None
     if target in ("torchao", "safetensors"):
         blank = copy.deepcopy(network)

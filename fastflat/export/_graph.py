@@ -84,7 +84,7 @@ def trace(model: nn.Module, inputs: Sequence[Tensor], dynamic_batch: bool) -> to
             program = torch.export.export(model, blank, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises many kinds
         hint = "; dynamic_batch=False traces one batch size" if dynamic_batch else ""
-        _checks.fail("export", "model", "be traced by torch.export", first_line(error), hint)
+        _checks.fail("export", "model", "be traced by torch.export", _checks.first_line(error), hint)
     for node in program.graph.nodes:
         for note in ("stack_trace", "source_fn_stack"):  # paths of this machine
             node.meta.pop(note, None)
@@ -93,11 +93,6 @@ def trace(model: nn.Module, inputs: Sequence[Tensor], dynamic_batch: bool) -> to
             where = stack[-1][0] if stack and stack[-1][0] else "the model"
             _checks.fail(f"export({where})", "layer", "have a form in integer codes", str(node.target))
     return program
-
-
-def first_line(error: BaseException) -> str:
-    """An error of another library as part of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 class quietly(warnings.catch_warnings):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastflat import _checks
-from fastflat.export import _graph
 from fastflat.export._loaded import Loaded, codes_of
 
 
@@ -22,7 +21,7 @@ def load(path: Path) -> Loaded:
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf raises many kinds for a broken file
-        _checks.fail("export.load", str(path), "be a whole ONNX file", _graph.first_line(error))
+        _checks.fail("export.load", str(path), "be a whole ONNX file", _checks.first_line(error))
     note = next((p.value for p in proto.metadata_props if p.key == "fastflat"), None)
     if note is None:
         _checks.fail("export.load", str(path), "be written by fastflat.export", "a file without its description")
@@ -70,7 +69,7 @@ class _Session:
                 proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime has classes of its own
-            _checks.fail("export.load", str(path), "be run by onnxruntime", _graph.first_line(error))
+            _checks.fail("export.load", str(path), "be run by onnxruntime", _checks.first_line(error))
         self._outputs = len(proto.graph.output)
 
     def all(self, *inputs: Tensor) -> dict[str, Tensor]:

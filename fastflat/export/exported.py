@@ -48,7 +48,7 @@ def load(path: Path) -> Loaded:
             program = torch.export.load(path, extra_files=extra)
             module = program.module()
     except Exception as error:  # torch raises many kinds for a broken file
-        _checks.fail("export.load", str(path), "be a whole program of torch.export", _graph.first_line(error))
+        _checks.fail("export.load", str(path), "be a whole program of torch.export", _checks.first_line(error))
     about = json.loads(extra[_NOTE])
     state = program.state_dict
     codes = codes_of(about, lambda name: (state[name], *_parameters(state, name)))

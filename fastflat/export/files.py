@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fastflat import _checks
-from fastflat.export import _graph
 from fastflat.export._form import Form, bits_of, weights_of
 from fastflat.export._loaded import Loaded, codes_of
 from fastflat.quant import codes_to_tensors, load_codes
@@ -60,7 +59,7 @@ def load(path: Path, model: nn.Module | None) -> Loaded:
             note = (file.metadata() or {}).get("fastflat")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        _checks.fail("export.load", str(path), "be a whole safetensors file", _graph.first_line(error))
+        _checks.fail("export.load", str(path), "be a whole safetensors file", _checks.first_line(error))
     if note is None:
         _checks.fail("export.load", str(path), "be written by fastflat.export", "a file without its description")
     about = json.loads(note)

@@ -59,7 +59,7 @@ def encode(form: Form, inputs: Sequence[Tensor], dynamic_batch: bool, opset: int
         with _graph.quietly():
             made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False).model
     except Exception as error:  # the exporter raises many kinds
-        _checks.fail("export", "model", "be translated by torch.onnx", _graph.first_line(error.__cause__ or error))
+        _checks.fail("export", "model", "be translated by torch.onnx", _checks.first_line(error.__cause__ or error))
     constants: dict[str, Any] = {}
     for count, node in enumerate(list(made.graph)):
         if node.domain == _DOMAIN:

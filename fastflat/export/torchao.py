@@ -48,7 +48,7 @@ def load(path: Path, model: nn.Module | None) -> Loaded:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken file
-        _checks.fail("export.load", str(path), "be a whole file of tensors", _graph.first_line(error))
+        _checks.fail("export.load", str(path), "be a whole file of tensors", _checks.first_line(error))
     if not isinstance(content, dict) or set(content) != _KEYS:
         _checks.fail("export.load", str(path), "be written by fastflat.export", "another file of torch.save")
     about, state = json.loads(content["fastflat"]), content["state_dict"]

@@ -20,6 +20,7 @@ from fastflat._spec import QuantSpec
 from fastflat.autograd._modes import backward_op, below_autograd
 from fastflat.functional import fake_quantize
 from fastflat.functional._fake_quantize import plan_of
+from fastflat.integrations._grid import flat as flat_shape
 
 
 class Measure(NamedTuple):
@@ -66,7 +67,7 @@ class Quantized(Function):
             size = x.abs().max() if v is None else v
             scale = measure.of(size)
             # What is saved is the output itself or memory of its own: a view of an output would keep its own graph.
-            flat = scale if scale.dim() == (spec.axis is not None) else scale.clone().reshape(_flat(spec))
+            flat = scale if scale.dim() == (spec.axis is not None) else scale.clone().reshape(flat_shape(spec.axis))
             plan = plan_of("fake_quantize", x, flat, zero_point, spec, None)
             y = plan.kernels.general_quantize(x, flat, zero_point, None, None, None, *plan.grid, None)
         ctx.save_for_backward(x, size if v is None else None, v, flat, zero_point)
@@ -95,14 +96,10 @@ class Quantized(Function):
             return gx.addcmul_(hit, x.sign()), None, None, None, None
 
 
-def _flat(spec: QuantSpec) -> tuple[int, ...]:
-    return () if spec.axis is None else (-1,)
-
-
 def composed(x: Tensor, v: Tensor | None, zero_point: Tensor, spec: QuantSpec, measure: Measure) -> tuple:
     """(y, s) by separate Functions."""
     scale = Size.apply(x.abs().max() if v is None else v, measure)
-    return fake_quantize(x, scale.reshape(_flat(spec)), zero_point, spec=spec), scale
+    return fake_quantize(x, scale.reshape(flat_shape(spec.axis)), zero_point, spec=spec), scale
 
 
 def _differentiable(ctx, x, v, zero_point, gy, g_scale):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastflat import _checks
 from fastflat.integrations._adapter import Adapter
 from fastflat.integrations._swap import swap
 
@@ -37,7 +38,7 @@ def difference(module: nn.Module, adapter: Adapter) -> str | None:
             for twin in (theirs, ours):
                 turn(twin)
         except Exception as error:
-            return f"it raised {_line(error)} on the way to {mode} mode"
+            return f"it raised {line_of(error)} on the way to {mode} mode"
         swap(ours, adapter)
         reason = _run(module, theirs, ours, adapter, mode)
         if reason:
@@ -54,11 +55,11 @@ def _run(module: nn.Module, theirs: nn.Module, ours: nn.Module, adapter: Adapter
         try:
             expected = outcome(theirs, args, number)
         except Exception as error:  # what a module of someone else's raises, no adapter can be held to
-            return f"its own forward raised {_line(error)} on probe {number}"
+            return f"its own forward raised {line_of(error)} on probe {number}"
         try:
             found = outcome(ours, args, number)
         except Exception as error:
-            return f"the adapter raised {_line(error)} on probe {number}"
+            return f"the adapter raised {line_of(error)} on probe {number}"
         reason = _compared(expected, found, summed)
         if reason:
             return f"{reason} on probe {number} in {mode} mode"
@@ -146,9 +147,9 @@ def _short(value: Any) -> str:
     return "nothing" if value is None else repr(value)[:40]
 
 
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+def line_of(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {_checks.first_line(error, 120)}" if str(error).strip() else type(error).__name__
 
 
 def _devices(t: Tensor) -> list[torch.device]:

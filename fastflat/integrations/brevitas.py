@@ -58,9 +58,10 @@ class _Proxy(Adapter):
     def modes(self, module: nn.Module) -> dict[str, Callable[[nn.Module], object]]:
         """Each as it is, and, while its scale is still collected from statistics, as it will be afterwards."""
         scaling = self.quantizer(module).scaling_impl
-        found = super().modes(module)
+        usual = super().modes(module)
+        found = dict(usual)
         if getattr(scaling, "counter", 0) < getattr(scaling, "collect_stats_steps", 0):
-            for name, turn in super().modes(module).items():
+            for name, turn in usual.items():
                 for more, when in enumerate((", statistics ending", ", after the statistics")):
                     found[name + when] = functools.partial(self._collected, turn=turn, more=more)
         return found

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,18 +14,18 @@ from torch.autograd import Function
 from fastflat._spec import QuantSpec
 from fastflat.functional import fake_quantize
 from fastflat.integrations._adapter import Adapter, placed, spread
+from fastflat.integrations._grid import remembered
 
 _WIDE = (torch.float32, torch.float64)
 
 
-@functools.lru_cache(maxsize=64)
 def _spec(bits: int, mask: str) -> QuantSpec:
     return QuantSpec(bits=bits, signed=False, arithmetic="inverse", mask=mask)
 
 
 def _unit(x: Tensor, bits: int, mask: str) -> Tensor:
     """round(x n) / n on [0, 1], the gradient by the mask."""
-    return fake_quantize(x, torch.ones((), dtype=x.dtype, device=x.device), spec=_spec(bits, mask))
+    return fake_quantize(x, torch.ones((), dtype=x.dtype, device=x.device), spec=remembered(_spec, bits, mask))
 
 
 def _usual(x: Tensor, bits: int) -> bool:
@@ -84,7 +83,7 @@ class Clipped(Function):
     @staticmethod
     def forward(ctx, x, alpha, bits):
         ctx.save_for_backward(x, alpha)
-        return fake_quantize(x, alpha.detach().reshape(()), spec=_spec(bits, "none"))
+        return fake_quantize(x, alpha.detach().reshape(()), spec=remembered(_spec, bits, "none"))
 
     @staticmethod
     def backward(ctx, g):

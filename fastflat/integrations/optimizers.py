@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from fastflat import _checks
 from fastflat.integrations._accelerate import Entry, Report
+from fastflat.integrations._probe import line_of
 from fastflat.optim import SAM
 from fastflat.optim._rules import BASES, TORCH_BASES
 
@@ -215,7 +216,7 @@ def _difference(optimizer: Optimizer) -> str | None:
                     getattr(twin, name)(zero_grad=True)
                 except Exception as error:
                     whose = "its own" if twin is theirs else "our"
-                    return f"{whose} {name} raised {type(error).__name__}: {str(error).splitlines()[:1]}"
+                    return f"{whose} {name} raised {line_of(error)}"
             for a, b in zip(_params(theirs), _params(ours), strict=True):
                 if not torch.allclose(a.float(), b.float(), **_CLOSE):
                     return f"{name} of step {step + 1} leads elsewhere"

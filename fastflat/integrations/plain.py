@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,12 +19,11 @@ from torch import Tensor, nn
 from fastflat._spec import QuantSpec
 from fastflat.functional import fake_quantize
 from fastflat.integrations._adapter import Adapter, placed, spread
-from fastflat.integrations._grid import axis_of, flat, grid
+from fastflat.integrations._grid import axis_of, flat, grid, remembered
 
 Ends = tuple[str, str] | Callable[[nn.Module], tuple[int, int]]
 
 
-@functools.lru_cache(maxsize=1024)
 def _spec(qmin: int, qmax: int, axis: int | None, chain: bool, factor: bool) -> QuantSpec:
     form = {"through": "chain", "compute": "input"} if chain else {}
     gradient = "lsq" if factor else "none"
@@ -116,7 +114,7 @@ class Plain(Adapter):
         if self.factor == "value":
             part = s * (1.0 / (high * x.numel()) ** 0.5)
             s = (s - part).detach() + part
-        spec = _spec(low, high, axis, self.chain, self.factor == "gradient")
+        spec = remembered(_spec, low, high, axis, self.chain, self.factor == "gradient")
         if self.offset is None:
             return fake_quantize(x, s.reshape(flat(axis)), spec=spec)
         offset = getattr(module, self.offset)

@@ -21,7 +21,7 @@ def test_the_three_forms(benchmarks, name):
     """All quantizers are swapped and compute the same; without them the step is another."""
     models = bench.package("peer_models")
     package, make = models.SUBJECTS[name]
-    pytest.importorskip(package)
+    pytest.importorskip(package, reason=f"{package} is not installed: make peers")
     subject = make(2)
     subject.loss(subject.model)
     theirs, ours, plain = subject.model, copy.deepcopy(subject.model), subject.without(subject.model)
@@ -43,7 +43,7 @@ def test_rows_and_table(benchmarks, tmp_path, monkeypatch):
     result = CliRunner().invoke(bench.bench, options)
     assert result.exit_code == 0, result.output
     record = json.loads(file.read_text())
-    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema = pytest.importorskip("jsonschema", reason="pip install 'fastflat[test]'")
     schema = Path(accelerated.__file__).with_name("schema.json")
     jsonschema.validate(record, json.loads(schema.read_text()))
     rows = {row["peer"]: row for row in record["rows"]}

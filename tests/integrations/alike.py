@@ -94,7 +94,7 @@ def assert_alike(theirs, ours, batches):
             same(before[name], after[name])
 
 
-def train(model, batches, steps, lr=0.05, parameters=None):
+def train(model, batches, steps, lr=0.05):
     """The losses of some steps of SGD with momentum, and all tensors afterwards."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     losses = []
@@ -106,6 +106,14 @@ def train(model, batches, steps, lr=0.05, parameters=None):
         optimizer.step()
         losses.append(loss.detach())
     return torch.stack(losses), {n: t.clone() for n, t in model.state_dict().items()}
+
+
+def train_on_one_batch(model, side, order=None, steps=50):
+    """Losses on 16 images of one batch, whose rows are taken in an order of their own: other sums, the same numbers."""
+    generator = torch.Generator().manual_seed(3)
+    x, t = torch.randn(16, 3, side, side, generator=generator), torch.randint(0, 4, (16,), generator=generator)
+    order = torch.arange(16) if order is None else order
+    return train(model, [(x[order], t[order])], steps)[0]
 
 
 def assert_same_training(model, batches, steps=50, lr=0.05):

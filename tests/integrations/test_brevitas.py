@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import fastflat as ff
 
+from . import alike
+
 qnn = pytest.importorskip("brevitas.nn")
 quant = pytest.importorskip("brevitas.quant")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -164,18 +166,7 @@ def constant(net):
 
 
 def train(model, order=None, steps=50):
-    generator = torch.Generator().manual_seed(3)
-    x, y = torch.randn(16, 3, 9, 9, generator=generator), torch.randint(0, 4, (16,), generator=generator)
-    order = torch.arange(16) if order is None else order
-    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
-    losses = []
-    for _ in range(steps):
-        loss = nn.functional.cross_entropy(model(x[order]), y[order])
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        losses.append(loss.item())
-    return torch.tensor(losses)
+    return alike.train_on_one_batch(model, 9, order, steps)
 
 
 def test_constant_scales_train_bit_for_bit():

@@ -13,6 +13,8 @@ from torch import nn
 import fastflat as ff
 from fastflat import integrations
 
+from . import alike
+
 
 def through(value, gradient):
     """value, with the gradient of the other."""
@@ -275,18 +277,7 @@ class Net(nn.Module):
 
 
 def train(model, order=None, steps=50):
-    """Losses of training on one batch, whose rows are taken in an order of their own: other sums, the same numbers."""
-    generator = torch.Generator().manual_seed(3)
-    x, y = torch.randn(16, 3, 8, 8, generator=generator), torch.randint(0, 4, (16,), generator=generator)
-    order = torch.arange(16) if order is None else order
-    opt, losses = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), []
-    for _ in range(steps):
-        loss = nn.functional.cross_entropy(model(x[order]), y[order])
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        losses.append(loss.item())
-    return torch.tensor(losses)
+    return alike.train_on_one_batch(model, 8, order, steps)
 
 
 def test_fixed_scales_train_bit_for_bit():
