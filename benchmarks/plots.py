@@ -226,7 +226,8 @@ def _colour(peer: str, number: int) -> str:
 
 def _marker(peer: str, number: int) -> dict[str, Any]:
     size = 11 if peer == "fastflat" else 8
-    return {"color": _colour(peer, number), "symbol": _SYMBOLS[number % len(_SYMBOLS)], "size": size}
+    at = number + number // len(_COLOURS)  # where the colours begin again, another symbol
+    return {"color": _colour(peer, number), "symbol": _SYMBOLS[at % len(_SYMBOLS)], "size": size}
 
 
 def _safe(text: Any) -> str:
