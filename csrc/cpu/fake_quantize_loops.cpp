@@ -54,12 +54,19 @@ struct SpreadParameters {
   }
 };
 
-// Runs body(grid) with the form of the grid known to the compiler: the plain one, or one kind of division.
-template <class C, class Body>
+// Runs body(grid) with the form of the grid known to the compiler: the plain one, the chained one where it may come, or
+// one kind of division.
+template <class C, bool with_chained, class Body>
 FASTFLAT_HD void by_form(const FakeQuantizeCall& call, const Body& body) {
   if (IntegerGrid<C>::is_plain(call.qmax, call.rules, call.zero_point != nullptr)) {
-    body(IntegerGrid<C, true>::make(call.qmin, call.qmax, call.eps, call.factor, 0));
+    body(IntegerGrid<C, GridForm::plain>::make(call.qmin, call.qmax, call.eps, call.factor, 0));
     return;
+  }
+  if constexpr (with_chained) {
+    if (IntegerGrid<C>::is_chained(call.qmax, call.rules, call.zero_point != nullptr)) {
+      body(IntegerGrid<C, GridForm::chained>::make(call.qmin, call.qmax, call.eps, call.factor, call.rules));
+      return;
+    }
   }
   auto grid = IntegerGrid<C>::make(call.qmin, call.qmax, call.eps, call.factor, call.rules);
   if (grid.reciprocal) {
@@ -71,12 +78,16 @@ FASTFLAT_HD void by_form(const FakeQuantizeCall& call, const Body& body) {
   }
 }
 
+// Whether loops over a storage type X come in the chained form: 16 bits would round the product in the chain.
+template <class X>
+constexpr bool chains = sizeof(X) >= sizeof(float);
+
 // The map skeleton: element(i, group, ts, tz) for every storage offset in [begin, end).
-template <class C, class Element>
+template <class C, bool with_chained, class Element>
 FASTFLAT_HD void map_elements(const FakeQuantizeCall& call, int64_t begin, int64_t end, const Element& element) {
   const Geometry& geometry = call.geometry;
   const Parameters<C> p(call);
-  by_form<C>(call, [&](const auto grid) __attribute__((always_inline)) {
+  by_form<C, with_chained>(call, [&](const auto grid) __attribute__((always_inline)) {
     if (geometry.inner >= short_run || geometry.channels == 1) {
       for_runs(geometry, begin, end, [&](int64_t i, int64_t n, int64_t c) __attribute__((always_inline)) {
         const QuantGroup<C> g = p.group(grid, c);
@@ -105,9 +116,9 @@ void fake_quantize_forward(const FakeQuantizeCall& call, int64_t begin, int64_t 
   using C = compute_t<X>;
   const X* __restrict x = static_cast<const X*>(call.x);
   Y* __restrict y = static_cast<Y*>(call.out);
-  map_elements<C>(call, begin, end,
-                  [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C, C)
-                      __attribute__((always_inline)) { y[i] = store<Y>(grid.forward(load(x[i]), g)); });
+  map_elements<C, chains<X>>(call, begin, end,
+                             [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C, C)
+                                 __attribute__((always_inline)) { y[i] = store<Y>(grid.forward(load(x[i]), g)); });
 }
 
 template <class X, class Y>
@@ -116,10 +127,10 @@ void fake_quantize_backward(const FakeQuantizeCall& call, int64_t begin, int64_t
   const X* __restrict x = static_cast<const X*>(call.x);
   const Y* __restrict gy = static_cast<const Y*>(call.in);
   X* __restrict gx = static_cast<X*>(call.out);
-  map_elements<C>(call, begin, end,
-                  [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C, C) __attribute__((always_inline)) {
-                    gx[i] = store<X>(grid.backward(load(gy[i]), load(x[i]), g).x);
-                  });
+  map_elements<C, chains<X>>(
+      call, begin, end, [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C, C) __attribute__((always_inline)) {
+        gx[i] = store<X>(grid.backward(load(gy[i]), load(x[i]), g).x);
+      });
 }
 
 template <class X, class T, class Y>
@@ -129,12 +140,12 @@ void fake_quantize_tangent(const FakeQuantizeCall& call, int64_t begin, int64_t 
   const T* __restrict tx = static_cast<const T*>(call.in);
   Y* __restrict ty = static_cast<Y*>(call.out);
   if (tx) {
-    map_elements<C>(
+    map_elements<C, false>(
         call, begin, end,
         [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C ts, C tz)
             __attribute__((always_inline)) { ty[i] = store<Y>(grid.tangent(load(tx[i]), ts, tz, load(x[i]), g)); });
   } else {
-    map_elements<C>(
+    map_elements<C, false>(
         call, begin, end,
         [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C ts, C tz)
             __attribute__((always_inline)) { ty[i] = store<Y>(grid.tangent(C(0), ts, tz, load(x[i]), g)); });
@@ -195,7 +206,7 @@ __attribute__((noinline)) void backward_run(const FakeQuantizeCall& call, int64_
   const X* x = static_cast<const X*>(call.x) + begin;
   const Y* gy = static_cast<const Y*>(call.in) + begin;
   X* gx = static_cast<X*>(call.out) + begin;
-  by_form<C>(call, [=](const auto grid) __attribute__((always_inline)) {
+  by_form<C, chains<X>>(call, [=](const auto grid) __attribute__((always_inline)) {
     const QuantGroup<C> g = Parameters<C>(call).group(grid, channel);
     backward_lanes<with_zero>(x, gy, gx, n, grid, g, sums + 2 * channel);
   });
@@ -214,7 +225,7 @@ void fake_quantize_backward_range(const FakeQuantizeCall& call, int64_t begin, i
     for_runs(geometry, begin, end, [&](int64_t i, int64_t n, int64_t c) { run(call, i, n, c, sums); });
     return;
   }
-  by_form<C>(call, [&](const auto grid) __attribute__((always_inline)) {
+  by_form<C, chains<X>>(call, [&](const auto grid) __attribute__((always_inline)) {
     // Columns: rows of all channels are added up elementwise, at most `flush / lanes` of them in the compute type.
     const int64_t row = geometry.channels * geometry.inner;
     SpreadParameters<C> s;
@@ -254,7 +265,7 @@ void fake_quantize_backward_channels(const FakeQuantizeCall& call, int64_t begin
   const Y* gy = static_cast<const Y*>(call.in);
   X* gx = static_cast<X*>(call.out);
   const int64_t per_block = block / inner;
-  by_form<C>(call, [&](const auto grid) __attribute__((always_inline)) {
+  by_form<C, chains<X>>(call, [&](const auto grid) __attribute__((always_inline)) {
     SpreadParameters<C> s;
     alignas(64) C scale[block], outside[block];
     for (int64_t c = begin; c < end; c += per_block) {

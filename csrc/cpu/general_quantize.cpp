@@ -2,9 +2,12 @@
 // Glue of the general_quantize family: layouts, allocation, threads. The loops are in general_quantize_loops.cpp.
 #include "cpu/general_quantize.h"
 
+#include <optional>
+
 #include "core/checks.h"
 #include "core/storage.h"
 #include "core/tensor.h"
+#include "cpu/fake_quantize_call.h"
 #include "cpu/scale_from_data.h"
 #include "cpu/threads.h"
 #include "math/block_scale.h"
@@ -60,6 +63,24 @@ struct Call : GeneralQuantizeCall {
   }
 };
 
+// The call as the loops of the fake_quantize family take it, which are the faster ones where they know the rules.
+std::optional<FakeQuantizeCall> chained(const Call& call) {
+  const bool known = IntegerGrid<float>::is_chained(call.qmax, call.rules, call.zero_point != nullptr);
+  if (!known || call.narrow || call.delta != 0 || call.need_delta) return std::nullopt;
+  FakeQuantizeCall simple{};
+  simple.geometry = call.geometry;
+  simple.qmin = call.qmin;
+  simple.qmax = call.qmax;
+  simple.eps = call.eps;
+  simple.rules = call.rules;
+  simple.factor = call.factor;
+  simple.x = call.x;
+  simple.in = call.in;
+  simple.out = call.out;
+  simple.scale = call.scale;
+  return simple;
+}
+
 Tensor general_quantize(const Tensor& x, const Tensor& scale, const MaybeTensor& zero_point, const MaybeTensor& state,
                         const MaybeTensor& nu, const MaybeTensor& a, int64_t qmin, int64_t qmax, int64_t axis,
                         int64_t group, double eps, int64_t rules, std::optional<ScalarType> dtype) {
@@ -69,7 +90,11 @@ Tensor general_quantize(const Tensor& x, const Tensor& scale, const MaybeTensor&
   const Pair pair = pair_of(op, x.scalar_type(), result);
   Tensor y = empty_like(call.data, result, group > 0);
   call.out = y.mutable_data_ptr();
-  map<GeneralQuantizeCall>(general_quantize_loops().forward[pair], call);
+  if (const auto simple = chained(call)) {
+    map(fake_quantize_loops().forward[pair], *simple);
+  } else {
+    map<GeneralQuantizeCall>(general_quantize_loops().forward[pair], call);
+  }
   return y;
 }
 
@@ -110,6 +135,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> general_quantize_bwd(const Tensor& gy
   Tensor gs = empty_dense(scale, need_scale ? all : none, scale.scalar_type());
   Tensor gz = empty_dense(scale, need_zero ? all : none, scale.scalar_type());
   Tensor gd = empty_dense(scale, call.need_delta ? std::vector<int64_t>{} : none, scale.scalar_type());
+  const auto simple = chained(call);
+  if (simple && !need_scale) {
+    map(fake_quantize_loops().backward[pair], *simple);
+    return {gx, gs, gz, gd};
+  }
+  if (simple) {
+    std::vector<double> sums(2 * call.geometry.channels, 0.0);
+    const auto& loops = fake_quantize_loops();
+    reduce(loops.backward_channels[pair], loops.backward_range[pair], *simple, 2, sums.data(), std::plus<double>());
+    finish(*simple, x.scalar_type(), sums.data(), gs.mutable_data_ptr(), nullptr);
+    return {gx, gs, gz, gd};
+  }
   if (!need_scale && !call.need_delta) {
     map<GeneralQuantizeCall>(general_quantize_loops().backward[pair], call);
     return {gx, gs, gz, gd};

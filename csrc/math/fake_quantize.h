@@ -50,10 +50,15 @@ struct QuantGroup {
   C z;      // zero-point as the code of 0
 };
 
-// `plain` leaves out what the commonest form has no use for, with the same bits: no zero-point, rules 0 (division, mask
-// before rounding, NaN stays, infinity saturates, -0 stays) and a positive qmax. is_plain() says when it may stand in.
-template <class C, bool plain = false>
+// The whole rule, and forms of it that leave out what they have no use for, with the same bits. `plain`, the commonest:
+// no zero-point, rules 0 (division, mask before rounding, NaN stays, infinity saturates, -0 stays) and a positive qmax;
+// is_plain() says when it may stand in. `chained` adds to it what chains of eager operations do, rules::through_chain,
+// ::mask_none and ::rectified of the general_quantize family; is_chained() says when.
+enum class GridForm { full, plain, chained };
+
+template <class C, GridForm form = GridForm::full>
 struct IntegerGrid {
+  static constexpr bool plain = form != GridForm::full, chained = form == GridForm::chained;
   using Mask = typename MaskOf<C>::type;
 
   C qmin, qmax;
@@ -66,9 +71,16 @@ struct IntegerGrid {
   C from, to, after_from, after_to;
   bool reciprocal, zero_inside, zero_float;
   Mask pass_all;  // set: every gradient passes
+  Mask chain;     // set: the gradient that passes is (gy s) / s. Of the chained form, as the next
+  Mask rectified;
 
   FASTFLAT_HD static bool is_plain(int64_t qmax, int64_t rules, bool has_zero_point) {
     return rules == 0 && qmax > 0 && !has_zero_point;
+  }
+
+  FASTFLAT_HD static bool is_chained(int64_t qmax, int64_t rules, bool has_zero_point) {
+    const int64_t known = rules::through_chain | rules::mask_none | rules::rectified;
+    return rules != 0 && (rules & ~known) == 0 && qmax > 0 && !has_zero_point;
   }
 
   FASTFLAT_HD static IntegerGrid make(int64_t qmin, int64_t qmax, double eps, double factor, int64_t rules) {
@@ -85,6 +97,8 @@ struct IntegerGrid {
     grid.zero_inside = rules & rules::zero_inside;
     grid.zero_float = rules & rules::zero_float;
     grid.pass_all = (rules & rules::mask_none) ? ~Mask(0) : Mask(0);
+    grid.chain = (rules & rules::through_chain) ? ~Mask(0) : Mask(0);
+    grid.rectified = (rules & rules::rectified) ? ~Mask(0) : Mask(0);
     grid.limit(grid.qmin, grid.qmax, rules);
     return grid;
   }
@@ -133,11 +147,13 @@ struct IntegerGrid {
   FASTFLAT_HD Code code(C x, const QuantGroup<C>& g) const {
     Code c;
     if constexpr (plain) {
+      if constexpr (chained) x = keep<C>(~(rectified & (Mask(0) - Mask(x <= C(0)))), x);
       c.u = x / g.s;
       const C r = round_even(c.u);
       const C lifted = r < qmin ? qmin : r;
       c.d = (lifted > qmax ? qmax : lifted) + zero_fix;
       c.in = Mask(0) - Mask((c.u >= qmin) & (c.u <= qmax));
+      if constexpr (chained) c.in = (c.in | pass_all) & ~(rectified & (Mask(0) - Mask(x == C(0))));
       return c;
     }
     c.u = reciprocal ? x * g.inv : x / g.s;
@@ -165,7 +181,15 @@ struct IntegerGrid {
 
   FASTFLAT_HD Gradient backward(C gy, C x, const QuantGroup<C>& g) const {
     const Code c = code(x, g);
-    return {keep<C>(c.in, gy), gy * (c.d - keep<C>(c.in, c.u)), keep<C>(~c.in, gy)};
+    return {keep<C>(c.in, returned(gy, g)), gy * (c.d - keep<C>(c.in, c.u)), keep<C>(~c.in, gy)};
+  }
+
+  // The gradient that passes, before the mask.
+  FASTFLAT_HD C returned(C gy, const QuantGroup<C>& g) const {
+    if constexpr (!chained) return gy;
+    // A chain of one is none.
+    const C s = bit_cast<C>((bit_cast<Mask>(g.s) & chain) | (bit_cast<Mask>(C(1)) & ~chain));
+    return (gy * s) / s;
   }
 
   // Group sums of Gradient::scale and ::outside to the gradients of scale and zero-point.

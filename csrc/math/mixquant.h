@@ -39,14 +39,15 @@ FASTFLAT_HD C passed(C v, C pass) {
 
 template <class C, bool plain = false>
 struct Candidate {
-  IntegerGrid<C, plain> grid;
+  using Grid = IntegerGrid<C, plain ? GridForm::plain : GridForm::full>;
+  Grid grid;
   C weight;
 
   FASTFLAT_HD static bool is_plain(C qmax, int64_t rules) { return rules == 0 && qmax > 0; }
 
   // The limits are data: small integers in the compute type.
   FASTFLAT_HD static Candidate make(C qmin, C qmax, C weight, double eps, int64_t rules) {
-    Candidate candidate{IntegerGrid<C, plain>::make(qmin == 0 ? 0 : -1, 1, eps, 1.0, rules), weight};
+    Candidate candidate{Grid::make(qmin == 0 ? 0 : -1, 1, eps, 1.0, rules), weight};
     candidate.grid.limit(qmin, qmax, rules);
     return candidate;
   }

@@ -53,6 +53,8 @@ RULE_SETS = {
     "inverse_none": _R["inverse"] | _R["mask_none"],
     "nan_passes": _R["nan_passes"] | _R["mask_after"] | _R["zero_inside"] | _R["zero_float"],
     "rectified": _R["rectified"] | _R["mask_after"] | _R["through_chain"] | _R["zero_inside"] | _R["zero_float"],
+    "rectified_before": _R["rectified"],
+    "rectified_chain": _R["rectified"] | _R["through_chain"] | _R["mask_none"],
     "rectified_away": _R["rectified"] | _R["round_away"],
     "input": _R["compute_input"] | _R["reciprocal"],
     "input_after": _R["compute_input"] | _R["mask_after"] | _R["zero_inside"],
