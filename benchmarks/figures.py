@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and the figure of README and docs, drawn from committed results: of fake_quantize over its sizes, of the other
-families at their largest, of the optimizers' steps, of products with curvature matrices.
+"""Tables and the figure of README and docs, drawn from committed results, each between two marks of its name.
 
-python -m fastflat.benchmarks.figures README.md benchmarks/results/{quantize.json,families.json,quantize.svg}
-python -m fastflat.benchmarks.figures docs/sharpness.md benchmarks/results/sharpness.json
-python -m fastflat.benchmarks.figures docs/curvature.md benchmarks/results/curvature.json
-python -m fastflat.benchmarks.figures docs/curvature.md benchmarks/results/curvature-default.json
+python -m fastflat.benchmarks.figures README.md quantize benchmarks/results/quantize.json [quantize.svg]
+python -m fastflat.benchmarks.figures docs/curvature.md curvature benchmarks/results/curvature.json
+
+The names are those of TABLES.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,19 @@ def chosen(result: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, dict[
     return [(c, p) for c, p in report.cases(result["rows"]) if c.items() >= shown.items()]
 
 
-def markdown(result: dict[str, Any]) -> str:
+#: Sizes in the table of README; the record has more.
+_SIZES = (2**12, 2**16, 2**20, 2**24)
+
+
+def quantize(result: dict[str, Any]) -> str:
     """Microseconds of a forward and backward pass, and how many times longer the peers take."""
     peers = [p for p in WORDS if any(p in by_peer for _, by_peer in chosen(result))]
     others = [p for p in peers if p != "fastflat"]
     lines = ["| elements | scale | fastflat | " + " | ".join(WORDS[p] for p in others) + " |"]
     lines.append("|" + "---|" * (3 + len(others)))
     for case, by_peer in chosen(result):
+        if case["elements"] not in _SIZES:
+            continue
         ours = by_peer["fastflat"]["seconds"]
         cells = [report.elements(case["elements"]), case["granularity"], f"{ours * 1e6:.0f} us"]
         for peer in others:
@@ -89,7 +95,7 @@ STEP_WORDS = {
 }
 
 
-def steps(result: dict[str, Any]) -> str:
+def sharpness(result: dict[str, Any]) -> str:
     """Steps of two passes on one thread: time, in copies of the fp32 parameters too, how many times longer the others
     take, and the peak memory of a step; then what the network's own passes take."""
     lines = [f"| parameters | base | type | fastflat | in copies | {' | '.join(STEP_WORDS.values())} | peak memory |"]
@@ -151,6 +157,76 @@ def curvature(result: dict[str, Any]) -> str:
     return "\n".join([f"Machine: {machine.line(result['machine'])}.", "", *lines])
 
 
+#: Networks of ``fastflat bench accelerate``: what they are, and whose quantizers they have.
+ACCELERATED = {
+    "torch.ao": ("ResNet-20", "torch.ao, fused observers"),
+    "torch.ao-unfused": ("ResNet-20", "torch.ao FakeQuantize"),
+    "brevitas": ("ResNet-20", "Brevitas"),
+    "lsq": ("ResNet-20", "home-made LSQ"),
+    "torchao": ("transformer block", "torchao"),
+}
+
+
+def accelerate(result: dict[str, Any]) -> str:
+    """A training step on one thread: with another library's quantizers, with those accelerated, and without any."""
+    grouped: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["threads"] == 1:
+            grouped.setdefault(row["network"], {})[row["peer"]] = row
+    head = ("network", "quantizers", "batch", "theirs", "accelerated", "none at all", "speed-up", "of the cap")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for network, by_peer in grouped.items():
+        ours = by_peer["fastflat"]
+        if "seconds" not in ours:
+            continue
+        cells = [*ACCELERATED[network], f"{ours['batch']}"]
+        cells += [f"{by_peer[p]['seconds'] * 1e3:.0f} ms" for p in ("theirs", "fastflat", "fp32")]
+        lines.append("| " + " | ".join([*cells, f"{ours['speedup']:.2f} x", f"{ours['of_cap']:.0%}"]) + " |")
+    return "\n".join([f"Machine: {machine.line(result['machine'])}.", "", *lines])
+
+
+#: Peers of training steps.
+TRAINING_WORDS = {
+    "fastflat": "fastflat",
+    "fastflat-list": "weights in one call",
+    "eager": "eager Python",
+    "builtin": "PyTorch's builtin",
+    "torchao": "torchao",
+    "brevitas": "Brevitas",
+}
+
+
+def training(result: dict[str, Any]) -> str:
+    """Training steps of a run on one thread: what each maker's quantizers add to the step without any."""
+    grouped: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["family"] == "step" and row["threads"] == 1 and row["optimizer"] == "sgd":
+            grouped.setdefault((row["network"], row["mode"], row["batch"]), {})[row["peer"]] = row
+    peers = {p: w for p, w in TRAINING_WORDS.items() if any("seconds" in by.get(p, {}) for by in grouped.values())}
+    head = ("network", "mode", "batch", "without quantizers", *peers.values())
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (network, mode, batch), by_peer in grouped.items():
+        floor = by_peer["fp32"]["seconds"]
+        cells = [network, mode, f"{batch}", f"{floor * 1e3:.0f} ms"]
+        for peer in peers:
+            seconds = by_peer.get(peer, {}).get("seconds")
+            cells.append("-" if seconds is None else f"{seconds / floor - 1:+.0%}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([f"Machine: {machine.line(result['machine'])}.", "", *lines])
+
+
+#: Tables by the name that their marks have in a page.
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "quantize": quantize,
+    "families": families,
+    "sharpness": sharpness,
+    "curvature": curvature,
+    "curvature-default": curvature,
+    "accelerate": accelerate,
+    "training": training,
+}
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Time of a forward and backward pass in copies of the tensor, by size, one line for each peer."""
     import matplotlib
@@ -188,17 +264,9 @@ def insert(text: str, name: str, source: str, table: str) -> str:
     return f"{before}{start} {source} -->\n{table}\n{end}{after}"
 
 
-def main(page: str, first: str, others: str = "", figure: str = "") -> None:
-    target, result = Path(page), report.read(Path(first))
-    if others:
-        text = insert(target.read_text(), "quantize", first, markdown(result))
-        text = insert(text, "families", others, families(report.read(Path(others))))
-    else:
-        name, table = ("curvature", curvature) if result["rows"][0]["family"] == "curvature" else ("sharpness", steps)
-        if name == "curvature" and result["allocator"].startswith("default"):
-            name = "curvature-default"
-        text = insert(target.read_text(), name, first, table(result))
-    report.write_text(target, text)
+def main(page: str, name: str, source: str, figure: str = "") -> None:
+    target, result = Path(page), report.read(Path(source))
+    report.write_text(target, insert(target.read_text(), name, source, TABLES[name](result)))
     if figure:
         draw(result, Path(figure))
 

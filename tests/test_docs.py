@@ -74,20 +74,23 @@ def test_relative_links_exist(page):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize(
-    ("page", "name", "table"),
-    [
-        ("sharpness", "sharpness", "steps"),
-        ("curvature", "curvature", "curvature"),
-        ("curvature", "curvature-default", "curvature"),
-    ],
-)
-def test_table_is_drawn_from_the_committed_results(page, name, table):
-    if importlib.util.find_spec("fastflat.benchmarks") is None:
-        pytest.skip("fastflat.benchmarks is not installed: pip install --no-build-isolation -e .")
-    from fastflat.benchmarks import figures, report
+DRAWN = [
+    (page, name, source)
+    for page in (ROOT / "README.md", *PAGES)
+    for name, source in re.findall(r"<!-- ([\w-]+): drawn from (\S+) -->", page.read_text())
+]
 
-    text = (ROOT / "docs" / f"{page}.md").read_text()
-    source = re.search(rf"<!-- {name}: drawn from (\S+) -->", text)[1]
-    drawn = getattr(figures, table)(report.read(ROOT / source))
-    assert figures.insert(text, name, source, drawn) == text
+
+@pytest.mark.parametrize(("page", "name", "source"), DRAWN, ids=[f"{p.stem}-{n}" for p, n, _ in DRAWN])
+def test_tables_are_drawn_from_the_committed_results(page, name, source):
+    figures = pytest.importorskip("fastflat.benchmarks.figures", reason="pip install --no-build-isolation -e .")
+    from fastflat.benchmarks import report
+
+    result, text = report.read(ROOT / source), page.read_text()
+    assert figures.insert(text, name, source, figures.TABLES[name](result)) == text
+    assert result["machine"]["cpu"] in text
+
+
+def test_every_table_is_shown():
+    figures = pytest.importorskip("fastflat.benchmarks.figures", reason="pip install --no-build-isolation -e .")
+    assert {name for _, name, _ in DRAWN} == set(figures.TABLES)

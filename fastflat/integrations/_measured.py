@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization by a scale that is a magnitude over a number, in one Function: as Brevitas has it, ::
+"""Quantization by a scale that is a function of a number, in one Function::
 
-    s = |v| / threshold                        |v| held at a least value; v a parameter, or the largest magnitude of x
+    s = |v| / threshold                        Brevitas: |v| held at a least value; v a parameter, or max |x|
+    s = (v - v f) + v f,  ds/dv = f            LSQ as projects write it
     y = (clamp(round(x / s + z)) - z) s
 
 Separate Functions, :class:`Size` and :func:`fastflat.fake_quantize`, give the same bits and every derivative; the one
@@ -41,6 +42,19 @@ class Measure(NamedTuple):
     def back(self, g: Tensor, v: Tensor) -> Tensor:
         """The gradient of v: holding passes all of it, and the derivative of |v| at 0 is 1."""
         return g / torch.where(v >= 0, self.threshold, self.negative)
+
+
+class Damped(NamedTuple):
+    """The scale is v, with a factor f on its gradient, written as a sum that rounds it."""
+
+    f: float
+
+    def of(self, v: Tensor) -> Tensor:
+        part = v * self.f
+        return (v - part).add_(part)
+
+    def back(self, g: Tensor, _: Tensor) -> Tensor:
+        return g * self.f
 
 
 class Size(Function):
@@ -96,7 +110,9 @@ class Quantized(Function):
             return gx.addcmul_(hit, x.sign()), None, None, None, None
 
 
-def composed(x: Tensor, v: Tensor | None, zero_point: Tensor, spec: QuantSpec, measure: Measure) -> tuple:
+def composed(
+    x: Tensor, v: Tensor | None, zero_point: Tensor | None, spec: QuantSpec, measure: Measure | Damped
+) -> tuple[Tensor, Tensor]:
     """(y, s) by separate Functions."""
     scale = Size.apply(x.abs().max() if v is None else v, measure)
     return fake_quantize(x, scale.reshape(flat_shape(spec.axis)), zero_point, spec=spec), scale

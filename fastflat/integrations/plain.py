@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fastflat._spec import QuantSpec
+from fastflat.autograd._modes import transformed
 from fastflat.functional import fake_quantize
 from fastflat.integrations._adapter import Adapter, placed, spread
 from fastflat.integrations._grid import axis_of, flat, grid, remembered
+from fastflat.integrations._measured import Damped, Quantized
 
 Ends = tuple[str, str] | Callable[[nn.Module], tuple[int, int]]
 
@@ -111,14 +113,20 @@ class Plain(Adapter):
         if axis == "":
             return None
         low, high = self.ends(module)
-        if self.factor == "value":
-            part = s * (1.0 / (high * x.numel()) ** 0.5)
-            s = (s - part).detach() + part
         spec = remembered(_spec, low, high, axis, self.chain, self.factor == "gradient")
         if self.offset is None:
-            return fake_quantize(x, s.reshape(flat(axis)), spec=spec)
+            return self._on_grid(x, s, axis, high, spec)
         offset = getattr(module, self.offset)
-        return fake_quantize(x - offset, s.reshape(flat(axis)), spec=spec) + offset
+        return self._on_grid(x - offset, s, axis, high, spec) + offset
+
+    def _on_grid(self, x: Tensor, s: Tensor, axis: int | None, high: int, spec: QuantSpec) -> Tensor:
+        if self.factor == "value":
+            f = 1.0 / (high * x.numel()) ** 0.5
+            if x.dtype in (torch.float32, torch.float64) and not transformed():
+                return Quantized.apply(x, s, None, spec, Damped(f))[0]
+            part = s * f
+            s = (s - part).detach() + part
+        return fake_quantize(x, s.reshape(flat(axis)), spec=spec)
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         y = self.quantize(module, x)
