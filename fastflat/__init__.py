@@ -37,6 +37,7 @@ __all__ = [
     "choose",
     "curvature",
     "draw_state",
+    "evaluate",
     "export",
     "fake_quantize",
     "fake_quantize_dynamic",
@@ -58,6 +59,7 @@ __all__ = [
 #: Imported on first use: a tenth of a second that most programs do not need.
 _LATER = {
     "curvature": None,
+    "evaluate": None,
     "export": None,
     "integrations": None,
     "accelerate": "integrations",
