@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": "measure throughput side by side with other implementations",
     "doctor": "show what is built, and which backend computes what, and why",
     "export": "write a network as integer codes: ONNX, torch.export, torchao, safetensors",
+    "methods": "published methods: check their equations, test their claims, report",
     "spectrum": "show eigenvalues, trace and density of a trained network's curvature",
     "train": "train a low-bit network on real images; --demo compares three quantizers",
 }

@@ -10,9 +10,9 @@ import click
 import torch
 
 from fastflat.cli import _bench as common
-from fastflat.cli import _models
 from fastflat.cli._bench import package, parse_threads
 from fastflat.cli._bench_record import Jobs, Record, kernel_jobs, product_jobs, roofline_jobs
+from fastflat.methods.lab.networks import build
 
 _STEP_PEERS = "fp32,view,identity,mul,fastflat,eager,builtin"
 #: What a run compares in a training step.
@@ -30,7 +30,7 @@ def networks() -> dict[str, Any]:
     def resnet20() -> torch.nn.Module:
         state = torch.random.get_rng_state()
         try:
-            return _models.build("resnet20", (3, 32, 32), 10, seed=0)
+            return build("resnet20", (3, 32, 32), 10, seed=0)
         finally:
             torch.random.set_rng_state(state)
 

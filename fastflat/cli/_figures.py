@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 
+from fastflat.methods import Figure
 from fastflat.quant import LayerSummary
 
 #: One colour for each run (Okabe and Ito: told apart by colour-blind readers too).
@@ -102,6 +104,26 @@ def codes(rows: list[LayerSummary], name: str) -> str:
     figure.supxlabel("code", fontsize=8)
     figure.supylabel("weights, %", fontsize=8)
     return _svg(plt, figure)
+
+
+def arms(name: str, figure: Figure, names: list[str], spread: Callable[[str, str], tuple[float, float]]) -> str:
+    """The arms of an experiment over its metrics: mean, and a bar of one standard deviation over the seeds."""
+    plt = _pyplot("arms-" + name)
+    drawn, axes = plt.subplots(figsize=(9, 3), layout="constrained")
+    at = range(len(figure.metrics))
+    for k, (colour, arm) in enumerate(zip(_cycle(len(names)), names, strict=True)):
+        mean, deviation = zip(*(spread(arm, metric) for metric in figure.metrics), strict=True)
+        if figure.kind == "lines":
+            axes.errorbar(at, mean, deviation, color=colour, marker="o", markersize=3, capsize=3, label=arm)
+        else:
+            width = 0.8 / len(names)
+            place = [x + width * (k - (len(names) - 1) / 2) for x in at]
+            axes.bar(place, mean, 0.9 * width, yerr=deviation, color=colour, alpha=0.85, capsize=3, label=arm)
+    axes.set_xticks(at, figure.labels or figure.metrics)
+    axes.set(xlabel=figure.xlabel, ylabel=figure.ylabel)
+    axes.grid(axis="x", visible=False)
+    axes.legend()
+    return _svg(plt, drawn)
 
 
 def median(values: list[float]) -> float:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import fastflat
-from fastflat.cli._sweep import BITS, post_training
 from fastflat.cli._trainer import Trainer
+from fastflat.evaluate.ptq import BITS, rounded_weights
 from fastflat.quant import LayerSummary, summary
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -34,7 +34,7 @@ class Run:
     def of(cls, trainer: Trainer) -> Run:
         config = trainer.config
         layers = summary(trainer.model) if config.quantizer != "none" else []
-        swept = post_training(trainer)
+        swept = {str(n): trainer.accuracy_of(rounded_weights(trainer.model, n)) for n in BITS}
         return cls(config.label, trainer.history, layers, trainer.class_accuracy(), config.to_json(), swept)
 
     @property

@@ -18,9 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastflat import optim, quant
-from fastflat.cli import _models, _runs
+from fastflat.cli import _runs
 from fastflat.cli._config import Config
 from fastflat.data import Batches, Dataset
+from fastflat.methods.lab import networks
 from fastflat.quant.eager import BuiltinQuantizer, EagerQuantizer
 
 _CLASSES = {"fastflat": quant.Quantizer, "python": EagerQuantizer, "torch": BuiltinQuantizer}
@@ -103,13 +104,13 @@ class Trainer:
 
     def _model(self) -> nn.Module:
         config, dataset = self.config, self.dataset
-        model = _models.build(config.model, dataset.shape, len(dataset.classes), config.seed)
+        model = networks.build(config.model, dataset.shape, len(dataset.classes), config.seed)
         if config.init is not None:
             _start_from(model, Path(config.init))
         model.to(self.device)
         if config.quantizer != "none":
             weights, activations = config.specs()
-            first, last = _models.ends(model)
+            first, last = networks.ends(model)
             skip = [{"first": first, "last": last}.get(name, name) for name in config.skip]
             quant.prepare(
                 model,

@@ -17,9 +17,9 @@ import fastflat
 from fastflat import data
 from fastflat.cli import _runs
 from fastflat.cli._config import BASES, OPTIMIZERS, QUANTIZERS, Config
-from fastflat.cli._models import MODELS
 from fastflat.cli._trainer import Diverged, Trainer
 from fastflat.data import Dataset
+from fastflat.methods.lab.networks import MODELS
 
 _DEFAULT = Config()
 _MODEL_NAMES = click.Choice(list(MODELS))

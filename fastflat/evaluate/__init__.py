@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trained network is worth: accuracy by class, calibration, corrupted images, attacks on inputs and weights.
+"""What a trained network is worth: accuracy by class and by bits, calibration, corrupted images, attacks on inputs and weights.
 
 Whatever is measured, the model's modes, buffers and gradients are afterwards as before.
 """
@@ -22,6 +22,7 @@ from fastflat.evaluate.calibration import (
     reliability,
 )
 from fastflat.evaluate.corruptions import CORRUPTIONS, corrupt
+from fastflat.evaluate.ptq import post_training_accuracy
 from fastflat.evaluate.robustness import CorruptionTable, corruption_accuracy
 from fastflat.evaluate.weights import WeightAttack, weight_attack
 
@@ -43,6 +44,7 @@ __all__ = [
     "negative_log_likelihood",
     "per_class_accuracy",
     "pgd",
+    "post_training_accuracy",
     "project",
     "reliability",
     "topk_accuracy",

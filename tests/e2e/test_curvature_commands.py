@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 import fastflat as ff
 from fastflat import methods
-from fastflat.cli import _crepe, _models, _subject
+from fastflat.cli import _crepe, _subject
 from fastflat.data import tones
+from fastflat.methods.lab import networks
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_allocate_on_a_checkpoint(runs, command, tmp_path, kind):
         assert re.search(rf"^{re.escape(row['name'])} +{row['parameters']} .* {row['bits']} ", text, re.MULTILINE)
     assert stands_alone(out / "report.html").count("<svg") == 2
     # What was written is what prepare takes.
-    model = ff.prepare(_models.build("convnet", (1, 8, 8), 4, 0), weights=ff.QuantSpec.lsq(bits=4, axis=0), bits=bits)
+    model = ff.prepare(networks.build("convnet", (1, 8, 8), 4, 0), weights=ff.QuantSpec.lsq(bits=4, axis=0), bits=bits)
     assert {row.name: row.weight_bits for row in ff.quant.summary(model)} == bits
 
 
@@ -88,7 +89,7 @@ def test_allocate_chooses_from_the_curvature_of_the_float_weights(runs, command,
     found = json.loads(results.read_text())
     assert found["route"] == "own"
     state = torch.load(runs / "float" / "checkpoint.pt", weights_only=True)["model"]
-    model = _models.build("convnet", (1, 8, 8), 4, 0).eval()
+    model = networks.build("convnet", (1, 8, 8), 4, 0).eval()
     model.load_state_dict(state)
     data = np.load(runs / "bars.npz")
     images = torch.from_numpy(data["x_train"]).float() / 255

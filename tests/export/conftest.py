@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import fastflat as ff
-from fastflat.cli import _crepe, _models
+from fastflat.cli import _crepe
 from fastflat.data import tones
+from fastflat.methods.lab import networks
 
 BITS = {
     "w4a4": {},
@@ -45,7 +46,7 @@ def one_thread():
 def convnet(weights=None, activations=None, bits=None, seed=0):
     """(network, images): the demo's, with statistics of batch norm that are not those of a fresh one."""
     torch.manual_seed(seed)
-    net = _models.ConvNet(1, 28, 10)
+    net = networks.ConvNet(1, 28, 10)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.normal_(m.running_mean, std=0.5)

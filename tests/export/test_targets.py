@@ -8,7 +8,7 @@ import torch
 
 import fastflat as ff
 from fastflat import export
-from fastflat.cli._models import ConvNet
+from fastflat.methods.lab.networks import ConvNet
 from fastflat.quant import export_codes
 
 from .conftest import BITS, convnet, needing

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks of ``fastflat train``."""
+"""The networks that experiments and ``fastflat train`` share."""
 
 from __future__ import annotations
 

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastflat methods``: the published methods, what their equations give, and experiments that test their claims."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import fastflat
+from fastflat import _files
+from fastflat import methods as registry
+from fastflat.cli import _methods_report
+from fastflat.methods import Method, Settings
+from fastflat.methods.lab import study, verdict
+
+_FILE = click.Path(path_type=Path)
+_DEFAULT = Path("runs") / "methods"
+_JSON = click.option("--json", "json_file", type=_FILE, help="Write the results to this file, too.")
+_THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+_FOLDER = click.option("--out", type=_FILE, default=_DEFAULT, show_default=True, help="Folder of the runs.")
+
+
+@click.group(context_settings={"max_content_width": 110})
+def methods() -> None:
+    """Published methods on these kernels: their equations checked, their claims tested.
+
+    \b
+    Examples:
+      fastflat methods list
+      fastflat methods show sam
+      fastflat methods check
+      fastflat methods run sam --quick
+      fastflat methods report
+    """
+
+
+@methods.command("list")
+@_JSON
+def list_(json_file: Path | None) -> None:
+    """A table of the methods."""
+    found = registry.methods()
+    width = max(len(m.name) for m in found)
+    for m in found:
+        click.echo(f"{m.number:>2}  {m.name:<{width}}  {m.year}  {m.arxiv:<10}  {m.title}")
+    _to_json(json_file, [{**_facts(m), "claim": m.claim} for m in found])
+
+
+@methods.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Equations, defaults, recipe and an example of a method."""
+    m = registry.get(name)
+    from fastflat.methods import _registry
+
+    click.echo(inspect.cleandoc(_registry.module(name).__doc__ or ""))
+    click.echo(f"\nClaim: {m.claim}")
+    click.echo(f"Kernels: {', '.join(m.kernels)}")
+    options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in m.recipe.items())
+    click.echo(f"Recipe: fastflat train --method {name}   sets {options or 'no other option'}")
+    e = m.experiment
+    passes = ", ".join(f"{arm.name} {arm.passes:g}" for arm in e.arms)
+    click.echo(f"Experiment: {e.summary} Passes a step: {passes}. {_size(e.full)}")
+
+
+@methods.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@_JSON
+@_THREADS
+def check(names: tuple[str, ...], json_file: Path | None, threads: int | None) -> None:
+    """Compare numbers that the papers' equations give with ours; exit status 1 if one differs."""
+    chosen = [registry.get(name) for name in names] or list(registry.methods())
+    _prepare(threads, json_file)
+    rows, failed = [], 0
+    for m in chosen:
+        click.echo(f"{m.name}: {m.title}")
+        for c in m.check():
+            failed += not c.passed
+            rows.append({"method": m.name, **dataclasses.asdict(c), "passed": c.passed})
+            relation = "" if c.relation == "equal" else c.relation + " "
+            click.echo(
+                f"  {'ok  ' if c.passed else 'FAIL'} {c.name}: want {relation}{c.want:.10g}, got {c.got:.10g}"
+                f" (tolerance {c.tolerance:.3g}; {c.source})"
+            )
+    click.echo(f"{len(rows) - failed} of {len(rows)} checks of {len(chosen)} methods pass")
+    _to_json(json_file, rows)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+@methods.command()
+@click.argument("name")
+@click.option("--quick", is_flag=True, help="Small: shows that it works in two minutes, proves nothing.")
+@click.option("--seeds", type=click.IntRange(1), help="Runs of each arm; fewer than three give no verdict.")
+@_FOLDER
+@_THREADS
+def run(name: str, quick: bool, seeds: int | None, out: Path, threads: int | None) -> None:
+    """Train all arms of a method's experiment with all seeds; what was finished before is not trained again."""
+    from tqdm import tqdm
+
+    m = registry.get(name)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"methods: --out must be a folder, got the file {out}")
+    _prepare(threads)
+    settings = m.experiment.quick if quick else m.experiment.full
+    if seeds is not None:
+        settings = dataclasses.replace(settings, seeds=seeds)
+    path = study.file(out, name, quick)
+    with tqdm(total=study.size(m.experiment, settings), unit="run", leave=False, disable=None) as bar:
+        records = []
+        for record in study.run(m, settings, path, bar.set_description):
+            records.append(record)
+            bar.update()
+            bar.clear()
+            if record.kind == "run":
+                shown = ", ".join(f"{k} {v:.4g}" for k, v in record.metrics.items() if k in _tested(m))
+                click.echo(f"{record.arm}, seed {record.seed}: {shown}")
+    for text in _methods_report.sentences(verdict.findings(records, m.experiment)):
+        click.echo(text)
+    answer = verdict.verdict(verdict.findings(records, m.experiment))
+    click.echo(f"{name}: {_methods_report.ANSWERS[answer]}; runs in {path}")
+
+
+@methods.command()
+@_FOLDER
+@click.option("--html", "page", type=_FILE, help="The page; by default report.html in the folder of the runs.")
+@click.option("--markdown", type=_FILE, help="Write a Markdown table to this file, too.")
+@_JSON
+def report(out: Path, page: Path | None, markdown: Path | None, json_file: Path | None) -> None:
+    """One page of all methods: claim, measured, reproduced or not, cost, figure; with the JSON it is drawn from."""
+    entries = _methods_report.entries(out)
+    if not any(entry.records for entry in entries):
+        raise ValueError(f"methods: {out} must hold runs, got none; fastflat methods run NAME makes them")
+    page = page or out / "report.html"
+    numbers = [entry.to_dict() for entry in entries]
+    files = {
+        page: _methods_report.html(entries),
+        json_file or page.with_suffix(".json"): json.dumps(numbers, indent=1) + "\n",
+    }
+    if markdown:
+        files[markdown] = _methods_report.markdown(entries)
+    for path in files:
+        _writable(path)
+    _files.write_all({path: text.encode() for path, text in files.items()})
+    click.echo(f"{sum(bool(e.records) for e in entries)} of {len(entries)} methods have runs; report: {page}")
+
+
+def _facts(m: Method) -> dict[str, Any]:
+    plain = ("name", "number", "title", "authors", "year", "arxiv", "kernels")
+    return {name: getattr(m, name) for name in plain}
+
+
+def _tested(m: Method) -> set[str]:
+    return {claim.metric for claim in m.experiment.claims}
+
+
+def _size(settings: Settings) -> str:
+    data = f", {settings.images} images" if settings.images else ""
+    return f"{settings.passes} passes{data}, {settings.seeds} seeds."
+
+
+def _prepare(threads: int | None, json_file: Path | None = None) -> None:
+    if json_file is not None:
+        _writable(json_file)
+    fastflat.tune_host_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _writable(path: Path) -> None:
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise ValueError(f"methods: {path} must name a file in an existing folder, got no such place")
+
+
+def _to_json(path: Path | None, values: Any) -> None:
+    if path is not None:
+        _writable(path)
+        _files.write_all({path.resolve(): (json.dumps(values, indent=1) + "\n").encode()})

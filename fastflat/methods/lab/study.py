@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs an experiment: every arm alike is tuned, then trained with each seed; finished runs are kept in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import math
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastflat import _files
+from fastflat.methods._contract import Arm, Experiment, Method, Settings
+
+#: Seed of the runs that choose from the grid; those that are reported have the seeds 0, 1, ...
+TUNING_SEED = 1000
+_KEYS = {"kind", "arm", "seed", "choice", "metrics", "settings", "machine"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A finished run, a line of a study's file.
+
+    Attributes:
+        kind: ``"tune"`` or ``"run"``.
+        arm, seed, choice: which.
+        metrics: what the arm gave; NaN where a training did not end in finite numbers.
+        settings: the experiment's, as plain values.
+        machine: versions and threads.
+    """
+
+    kind: str
+    arm: str
+    seed: int
+    choice: dict[str, float]
+    metrics: dict[str, float]
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+
+    def line(self) -> str:
+        values = dataclasses.asdict(self)
+        values["metrics"] = {k: v if math.isfinite(v) else None for k, v in self.metrics.items()}
+        return json.dumps(values, sort_keys=True) + "\n"
+
+
+def file(folder: Path, name: str, quick: bool) -> Path:
+    """Where the runs of a method are kept."""
+    return folder / f"{name}{'-quick' if quick else ''}.jsonl"
+
+
+def read(path: Path) -> list[Record]:
+    """The runs in a file, none where there is no file.
+
+    Raises:
+        ValueError: a line is not one of a study's.
+    """
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            values = json.loads(line)
+            if set(values) != _KEYS or not isinstance(values["metrics"], dict):
+                raise ValueError("other keys")
+            values["metrics"] = {k: math.nan if v is None else float(v) for k, v in values["metrics"].items()}
+            records.append(Record(**values))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"methods: line {number} of {path} must be a run of a study, got: {error}") from None
+    return records
+
+
+def fingerprint(experiment: Experiment, settings: Settings) -> dict[str, Any]:
+    """What must agree for two runs to belong to one study."""
+    kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("seeds", "choice", "steps")}
+    return {**kept, "grid": {name: list(values) for name, values in experiment.grid.items()}}
+
+
+def points(experiment: Experiment) -> list[dict[str, float]]:
+    """All points of the grid."""
+    names = list(experiment.grid)
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*experiment.grid.values())]
+
+
+def size(experiment: Experiment, settings: Settings) -> int:
+    """How many trainings there are in all."""
+    tuning = len(points(experiment)) if _tunes(experiment, settings) else 0
+    return len(experiment.arms) * (tuning + settings.seeds)
+
+
+def run(
+    method: Method, settings: Settings, path: Path, before: Callable[[str], object] = lambda text: None
+) -> Iterator[Record]:
+    """Trains what the file does not hold yet, and yields every run, those that it held included.
+
+    Args:
+        method: whose experiment it is.
+        settings: full, quick, or changed from them.
+        path: the file of the study; each finished run adds its line, written aside and renamed.
+        before: called with a few words before each training.
+
+    Raises:
+        ValueError: the file holds runs of other settings.
+    """
+    experiment = method.experiment
+    mark = fingerprint(experiment, settings)
+    for record in read(path):
+        if record.settings != mark:
+            odd = sorted(k for k in {*mark, *record.settings} if mark.get(k) != record.settings.get(k))
+            raise ValueError(
+                f"methods: {path} must hold runs of these settings, got others in {', '.join(odd)}; move it away, or"
+                " choose another folder"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def one(kind: str, arm: Arm, seed: int, choice: dict[str, float]) -> Record:
+        for record in read(path):
+            if (record.kind, record.arm, record.seed, record.choice) == (kind, arm.name, seed, choice):
+                return record
+        before(f"{method.name}: {arm.name}, {'tuning ' + _words(choice) if kind == 'tune' else f'seed {seed}'}")
+        metrics = _metrics(experiment, arm, seed, _for_arm(settings, arm, choice), kind)
+        record = Record(kind, arm.name, seed, choice, metrics, mark, _machine())
+        # Read anew: another process may have added lines meanwhile.
+        _files.write_all({path: "".join(r.line() for r in [*read(path), record]).encode()})
+        return record
+
+    for arm in experiment.arms:
+        grid = points(experiment)
+        choice = grid[0]
+        if _tunes(experiment, settings):
+            tuned = [one("tune", arm, TUNING_SEED, point) for point in grid]
+            yield from tuned
+            choice = max(tuned, key=lambda r: _score(r.metrics[experiment.tuned_on])).choice
+        for seed in range(settings.seeds):
+            yield one("run", arm, seed, choice)
+
+
+def _for_arm(settings: Settings, arm: Arm, choice: dict[str, float]) -> Settings:
+    steps = int(settings.passes / arm.passes)
+    return dataclasses.replace(settings, choice=choice, steps=steps)
+
+
+def _metrics(experiment: Experiment, arm: Arm, seed: int, settings: Settings, kind: str) -> dict[str, float]:
+    try:
+        metrics = {name: float(value) for name, value in arm.run(seed, settings).items()}
+    except ArithmeticError:
+        # A training that diverged: its numbers do not exist. Tuning passes it by; no claim holds with it.
+        return {"seconds_per_step": math.nan, experiment.tuned_on: math.nan}
+    missing = {"seconds_per_step", *([experiment.tuned_on] if kind == "tune" else [])} - set(metrics)
+    if missing:
+        raise ValueError(f"methods: arm {arm.name} must give {', '.join(sorted(missing))}, got {', '.join(metrics)}")
+    return metrics
+
+
+def _tunes(experiment: Experiment, settings: Settings) -> bool:
+    return settings.tune and len(points(experiment)) > 1
+
+
+def _score(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf
+
+
+def _words(choice: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in choice.items())
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "fastflat": importlib.metadata.version("fastflat"),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+    }

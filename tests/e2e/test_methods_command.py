@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastflat methods``."""
+
+import json
+import re
+
+import pytest
+
+from fastflat import methods
+
+from ..methods import toy
+
+
+@pytest.fixture
+def one(monkeypatch):
+    """The registry holds the toy alone; a function changes it."""
+
+    def use(**options):
+        method, ran = toy.make(**options)
+        monkeypatch.setattr(methods, "get", lambda name: method)
+        monkeypatch.setattr(methods, "methods", lambda: (method,))
+        return ran
+
+    return use
+
+
+def test_list(command, tmp_path):
+    status, out, _ = command("methods", "list", "--json", tmp_path / "a.json")
+    assert status == 0
+    assert len(out.splitlines()) == len(methods.names())
+    assert {row["name"] for row in json.loads((tmp_path / "a.json").read_text())} == set(methods.names())
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_show(command, name):
+    status, out, _ = command("methods", "show", name)
+    assert status == 0
+    for word in (methods.get(name).arxiv, "```python", "Claim: ", "Recipe: ", "Experiment: "):
+        assert word in out
+
+
+def test_check(command, one, tmp_path):
+    one()
+    status, out, _ = command("methods", "check", "--json", tmp_path / "a.json")
+    assert status == 0
+    assert "ok   one: want 1, got 1" in out
+    assert json.loads((tmp_path / "a.json").read_text())[0]["passed"] is True
+    one(checked=1.5)
+    status, out, _ = command("methods", "check", "toy")
+    assert status == 1
+    assert "FAIL one: want 1, got 1.5" in out
+    assert "0 of 1" in out
+
+
+def test_run_and_report(command, one, tmp_path):
+    ran = one(better=9.0)
+    status, out, _ = command("methods", "run", "toy", "--out", tmp_path / "r")
+    assert status == 0
+    assert "toy: reproduced" in out
+    assert len(ran) == 12
+    ran.clear()
+    assert command("methods", "run", "toy", "--out", tmp_path / "r")[0] == 0
+    assert not ran
+    status, out, _ = command("methods", "report", "--out", tmp_path / "r", "--markdown", tmp_path / "t.md")
+    assert status == 0
+    assert "1 of 1 methods have runs" in out
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "On &lt;toys&gt;" in page
+    assert "&lt;new&gt;" in page
+    assert "<new>" not in page
+    assert "<toys>" not in page
+    assert not re.search(r"""(src|href)=["'](?!#|https://arxiv)""", page.replace("xlink:href", "href"))
+    (entry,) = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert entry["verdict"] == "reproduced"
+    assert entry["costs"][0] == {"arm": "<new>", "measured": 2.0, "passes": 2.0}
+    assert "| toy ([2101.00001]" in (tmp_path / "t.md").read_text()
+
+
+def test_quick_runs_are_named_so(command, one, tmp_path):
+    ran = one()
+    status, out, _ = command("methods", "run", "toy", "--quick", "--out", tmp_path)
+    assert status == 0
+    assert "too few runs" in out
+    assert [(name, steps) for name, _, _, steps in ran] == [("base", 11), ("<new>", 5)]
+    command("methods", "report", "--out", tmp_path)
+    assert "(quick settings)" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "sma"], "NAME must be that of a method, got 'sma'; did you mean sam?"),
+        (["check", "sam", "--json", "{tmp}/no/a.json"], "must name a file in an existing folder"),
+        (["report", "--out", "{tmp}"], "must hold runs, got none; fastflat methods run NAME makes them"),
+        (["run", "sam", "--out", "{tmp}/file"], "--out must be a folder, got the file"),
+        (["run", "sam", "--seeds", "0"], "0 is not in the range"),
+    ],
+)
+def test_bad_input_gets_one_line(command, tmp_path, arguments, message):
+    (tmp_path / "file").write_text("kept")
+    status, _, err = command("methods", *(a.format(tmp=tmp_path) for a in arguments))
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "kept"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_broken_file_of_runs(command, one, tmp_path):
+    one()
+    (tmp_path / "toy.jsonl").write_text("not JSON\n")
+    for words in (["run", "toy"], ["report"]):
+        status, _, err = command("methods", *words, "--out", tmp_path)
+        assert status == 2
+        assert "line 1 of" in err
+        assert err.count("\n") == 1
+    assert (tmp_path / "toy.jsonl").read_text() == "not JSON\n"

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study tunes every arm alike, goes on where it stopped, and says what its runs show."""
+
+import dataclasses
+import math
+
+import pytest
+
+from fastflat.methods import Arm, Claim
+from fastflat.methods.lab import study, verdict
+
+from .toy import make
+
+
+def test_arms_are_tuned_alike_with_equal_passes(tmp_path):
+    method, ran = make()
+    records = list(study.run(method, method.experiment.full, tmp_path / "a.jsonl"))
+    assert len(records) == study.size(method.experiment, method.experiment.full) == 2 * (3 + 3)
+    for name, best, steps in (("base", 0.1, 101), ("<new>", 0.3, 50)):
+        own = [r for r in ran if r[0] == name]
+        assert [(seed, choice["lr"]) for _, seed, choice, _ in own] == [
+            *((study.TUNING_SEED, lr) for lr in (0.2, 0.1, 0.3)),
+            *((seed, best) for seed in range(3)),
+        ]
+        assert {n for *_, n in own} == {steps}
+
+
+def test_finished_runs_are_not_trained_again(tmp_path):
+    method, ran = make()
+    path = tmp_path / "a.jsonl"
+    going = study.run(method, method.experiment.full, path)
+    first = [next(going) for _ in range(5)]
+    going.close()
+    ran.clear()
+    records = list(study.run(method, method.experiment.full, path))
+    assert records[:5] == first
+    assert len(ran) == 7
+    more = dataclasses.replace(method.experiment.full, seeds=4)
+    ran.clear()
+    list(study.run(method, more, path))
+    assert [(name, seed) for name, seed, *_ in ran] == [("base", 3), ("<new>", 3)]
+    assert len(study.read(path)) == 14
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(tmp_path):
+    method, _ = make()
+    path = tmp_path / "a.jsonl"
+    list(study.run(method, method.experiment.quick, path))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="must hold runs of these settings, got others in passes, tune"):
+        list(study.run(method, method.experiment.full, path))
+    path.write_bytes(before + b"{}\n")
+    with pytest.raises(ValueError, match=r"line 3 of .* must be a run of a study"):
+        list(study.run(method, method.experiment.quick, path))
+    assert path.read_bytes() == before + b"{}\n"
+
+
+def test_a_diverged_run_is_kept_and_holds_no_claim(tmp_path):
+    method, _ = make()
+    e = method.experiment
+
+    def diverges(seed, settings):
+        raise ArithmeticError("the loss is nan")
+
+    e = dataclasses.replace(e, arms=(e.arms[0], Arm("<new>", diverges, 2)))
+    method = dataclasses.replace(method, experiment=e)
+    list(study.run(method, e.full, tmp_path / "a.jsonl"))
+    records = study.read(tmp_path / "a.jsonl")
+    found = verdict.findings(records, e)
+    assert math.isnan(found[0].difference)
+    assert verdict.verdict(found) == "not"
+
+
+def test_an_arm_without_its_metrics_is_refused(tmp_path):
+    method, _ = make()
+    e = dataclasses.replace(method.experiment, arms=(Arm("base", lambda *_: {"a": 1}), method.experiment.arms[1]))
+    with pytest.raises(ValueError, match="arm base must give seconds_per_step, validation_accuracy, got a"):
+        list(study.run(dataclasses.replace(method, experiment=e), e.full, tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize(("better", "answer"), [(0.7, "partly"), (9.0, "reproduced"), (-1.0, "not")])
+def test_verdict(tmp_path, better, answer):
+    """The loss of one seed is worse by 1/2: a mean difference of better - 1/6 with a standard error of 1/6."""
+    method, _ = make(better)
+    records = list(study.run(method, method.experiment.full, tmp_path / "a.jsonl"))
+    accuracy, loss = verdict.findings(records, method.experiment)
+    assert accuracy.difference == pytest.approx(better)
+    assert accuracy.error == pytest.approx(0, abs=1e-12)
+    assert loss.difference == pytest.approx(better - 1 / 6)
+    assert loss.error == pytest.approx(1 / 6)
+    assert verdict.verdict([accuracy, loss]) == answer
+    (cost,) = verdict.costs(records, method.experiment)
+    assert (cost.measured, cost.passes) == (2, 2)
+
+
+def test_two_seeds_are_too_few(tmp_path):
+    method, _ = make()
+    two = dataclasses.replace(method.experiment.full, seeds=2)
+    records = list(study.run(method, two, tmp_path / "a.jsonl"))
+    assert verdict.verdict(verdict.findings(records, method.experiment)) == "open"
+    assert verdict.finding(records, Claim("loss", "base", "nobody")).seeds == 0
