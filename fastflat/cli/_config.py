@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fastflat import methods
 from fastflat._spec import QuantSpec
 from fastflat.optim import BASES
 
@@ -23,7 +24,7 @@ OPTIMIZERS: dict[str, float | None] = {
     "saq": 0.05,
 }
 #: Options that runs before them lack.
-_NEWER = {"optimizer", "base", "rho"}
+_NEWER = {"optimizer", "base", "rho", "method"}
 QUANTIZERS = ("fastflat", "python", "torch", "none")
 
 
@@ -57,6 +58,7 @@ class Config:
     device: str = "cpu"
     amp: bool = False
     init: str | None = None
+    method: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch", 1), ("shift", 0), ("train_images", 1), ("test_images", 1)):
@@ -80,6 +82,8 @@ class Config:
             raise ValueError(f"train: base and rho must come with an optimizer that perturbs, got {self.optimizer!r}")
         if self.optimizer == "saq" and self.quantizer == "none":
             raise ValueError("train: optimizer saq must have quantized weights, got quantizer none")
+        if self.method is not None:
+            methods.get(self.method)
         self.layer_bits()
         self.specs()
 
@@ -104,6 +108,8 @@ class Config:
     def label(self) -> str:
         """Short name for tables and folders."""
         optimizer = "" if self.optimizer == "sgd" else f"-{self.optimizer}"
+        if self.method is not None and self.method != self.optimizer:
+            optimizer += f"-{self.method}"
         if self.quantizer == "none":
             return "fp32" + optimizer
         mixed = "-mixed" if self.bits else ""

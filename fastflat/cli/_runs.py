@@ -19,6 +19,8 @@ CONFIG, METRICS, CHECKPOINT, REPORT = "config.json", "metrics.jsonl", "checkpoin
 #: Version of the checkpoint's layout.
 FORMAT = 1
 _KEYS = {"format", "config", "checksum", "epoch", "model", "optimizer", "scheduler", "random", "history"}
+#: What checkpoints before them lack, with what they stand for.
+_NEWER = {"hook": {}}
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -91,7 +93,9 @@ def checkpoint(run: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds for a broken file
         reason = _checks.first_line(error, 120)
         raise ValueError(f"train: {path} must be a whole checkpoint, got: {reason}") from None
-    if not isinstance(state, dict) or set(state) != _KEYS or state["format"] != FORMAT:
+    if isinstance(state, dict):
+        state = _NEWER | state
+    if not isinstance(state, dict) or set(state) != _KEYS | set(_NEWER) or state["format"] != FORMAT:
         raise ValueError(f"train: {path} must be a checkpoint of fastflat train (format {FORMAT}), got another file")
     return state
 

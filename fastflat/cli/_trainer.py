@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastflat import optim, quant
+from fastflat import methods, optim, quant
 from fastflat.cli import _runs
 from fastflat.cli._config import Config
 from fastflat.data import Batches, Dataset
@@ -80,14 +80,19 @@ class Trainer:
             dataset.train_x, dataset.train_y, config.batch, shuffle=True, shift=config.shift, mirror=mirror, **there
         )
         self.test_batches = Batches(dataset.test_x, dataset.test_y, _EVALUATION_BATCH, **there)
+        make = methods.get(config.method).hook if config.method is not None else None
+        self.hook, self._steps = (methods.Hook if make is None else make)(), 0
         with torch.random.fork_rng(devices=_cuda_devices(self.device)):
             self.model = self._model()
+            self.hook.prepare(self.model)
             self._random = self._random_state()
         groups = quant.param_groups(
             self.model, lr=config.lr, scale_lr=config.scale_lr, weight_decay=config.weight_decay
         )
         self.optimizer = self._optimizer(groups)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        with self._own_random_state():
+            self.hook.start(self.model, self.optimizer, config.epochs * len(self.train_batches))
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> optim.FusedOptimizer:
         config = self.config
@@ -166,8 +171,10 @@ class Trainer:
         loss, right, count = sums.tolist()
         if not math.isfinite(loss):
             raise Diverged(f"train: the loss is {loss} in epoch {self.done + 1}; try a smaller --lr")
-        test_loss, test_accuracy = self.evaluate()
         self.done += 1
+        if self.done == self.config.epochs:
+            self.hook.finish()
+        test_loss, test_accuracy = self.evaluate()
         row = {
             "epoch": self.done,
             "lr": rate,
@@ -190,14 +197,16 @@ class Trainer:
 
         def closure() -> torch.Tensor:
             with self._autocast():
-                scores = self.model(x)
-                loss = F.cross_entropy(scores.float(), y)
+                loss, scores = self.hook.loss(self.model, x, y)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             passes.append((scores, loss))
             return loss
 
+        self.hook.before(self._steps)
         self.optimizer.step(closure)
+        self.hook.after(self._steps)
+        self._steps += 1
         self.scheduler.step()
         scores, loss = passes[0]
         right = (scores.detach().argmax(1) == y).sum()
@@ -274,6 +283,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "random": self._random,
             "history": self.history,
+            "hook": self.hook.state_dict(),
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
@@ -291,11 +301,13 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             self._random = [t.clone() for t in state["random"]]
+            self.hook.load_state_dict(state["hook"])
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()[:100]
             raise ValueError(f"train: {path} must fit the model, got: {reason}") from None
         self.history = list(state["history"])
         self.done = state["epoch"]
+        self._steps = self.done * len(self.train_batches)
 
     def _autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp)

@@ -14,7 +14,7 @@ import click
 import torch
 
 import fastflat
-from fastflat import data
+from fastflat import data, methods
 from fastflat.cli import _runs
 from fastflat.cli._config import BASES, OPTIMIZERS, QUANTIZERS, Config
 from fastflat.cli._trainer import Diverged, Trainer
@@ -69,6 +69,7 @@ def _option(name: str, help: str, **settings: Any):
 @_option("--seed", "Seed of everything random.", type=int)
 @_option("--device", "cpu, cuda, cuda:1, ...")
 @_option("--amp/--no-amp", "bfloat16 autocast.")
+@_option("--method", "Options and training step of a published method; fastflat methods list names them.")
 @_option("--init", "Start from the weights of another run: its folder.")
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder of the run; by default one under runs/.")
@@ -91,6 +92,7 @@ def train(ctx: click.Context, **options: Any) -> None:
       fastflat train --model resnet20 --bits "layer3.*=2" --epochs 20 --out runs/mixed
       fastflat train --data photos/ --image-size 32 --model resnet20 --device cuda
       fastflat train --optimizer sam --rho 0.1 --out runs/flat
+      fastflat train --method sam
       fastflat train --resume runs/mixed
     """
     given = {
@@ -98,6 +100,9 @@ def train(ctx: click.Context, **options: Any) -> None:
         for name, value in options.items()
         if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     }
+    if options["method"] is not None:
+        recipe = methods.get(options["method"]).recipe
+        options.update({name: value for name, value in recipe.items() if name not in given})
     _checked(options, given)
     fastflat.tune_host_memory()
     if options["threads"] is not None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fastflat train`` from end to end: it learns, resumes bit for bit, and leaves whole files behind."""
 
+import dataclasses
 import json
 import re
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastflat import methods
 from fastflat.cli import _runs
 from fastflat.cli._config import Config
 
@@ -228,3 +230,66 @@ def test_the_demo_compares_its_forms(train, tmp_path):
     train("--epochs", 2, "--out", alone, "--train-images", 10_000, "--test-images", 2_000)
     mixed = state(out_folder / "w4a4-fastflat")["model"]
     assert all(torch.equal(value, mixed[key]) for key, value in state(alone)["model"].items())
+
+
+class Counting(methods.Hook):
+    """Scales the loss by 1 + the number of steps so far, and says when it was called."""
+
+    def __init__(self):
+        self.done, self.called = 0, []
+
+    def prepare(self, model):
+        self.called.append("prepare")
+
+    def start(self, model, optimizer, steps):
+        self.called.append(f"start {steps}")
+
+    def loss(self, model, x, y):
+        loss, scores = super().loss(model, x, y)
+        return loss * (1 + self.done), scores
+
+    def after(self, step):
+        assert step == self.done
+        self.done += 1
+
+    def finish(self):
+        self.called.append("finish")
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.done = state["done"]
+
+
+def test_method_sets_its_recipe_and_the_user_wins(train, tmp_path):
+    status, _, err = train("--method", "sam", "--rho", 0.1, "--epochs", 1, "--out", tmp_path / "r")
+    assert status == 0, err
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert (config["method"], config["optimizer"], config["rho"]) == ("sam", "sam", 0.1)
+    status, _, err = train("--method", "sma", "--out", tmp_path / "no")
+    assert status == 2
+    assert "did you mean sam" in err
+    assert not (tmp_path / "no").exists()
+
+
+def test_hook_of_a_method_goes_on_where_it_stopped(train, tmp_path, monkeypatch):
+    made = []
+
+    def hook():
+        made.append(Counting())
+        return made[-1]
+
+    method = dataclasses.replace(methods.get("sam"), hook=hook, recipe={})
+    monkeypatch.setattr(methods, "get", lambda name: method)
+    options = ("--method", "sam", "--epochs", 2)
+    assert train(*options, "--out", tmp_path / "whole")[0] == 0
+    assert made[0].called == ["prepare", "start 24", "finish"]
+    assert made[0].done == 24
+    assert train(*options, "--out", tmp_path / "parts", "--stop-after", 1)[0] == 0
+    assert train("--resume", tmp_path / "parts")[0] == 0
+    rows = [
+        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "parts" / "metrics.jsonl")
+    ]
+    assert rows[0] == rows[1]
