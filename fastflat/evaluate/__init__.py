@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trained network is worth: accuracy by class and by bits, calibration, corruptions, attacks on inputs and weights.
+"""What a trained network is worth: accuracy by class and by bits, calibration, corrupted images, attacks.
 
 Whatever is measured, the model's modes, buffers and gradients are afterwards as before.
 """
