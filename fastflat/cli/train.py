@@ -34,7 +34,9 @@ def _option(name: str, help: str, **settings: Any):
 
 
 @click.command(context_settings={"max_content_width": 110})
-@_option("--data", "fashion-mnist, mnist-5k, digits, auto (the first at hand), a folder of images, or an .npz file.")
+@_option(
+    "--data", "fashion-mnist, fashion-mnist-m, mnist-5k, digits, auto (first at hand), a folder of images, an .npz."
+)
 @_option("--image-size", "Resize the images of a folder to this side.", type=int)
 @_option("--train-images", "Use this many training images.", type=int)
 @_option("--test-images", "Use this many test images.", type=int)

