@@ -104,9 +104,7 @@ def reliability(confidence: Tensor, correct: Tensor, *, bins: int = 15, kind: st
     else:
         ordered = c.sort().values
         ends = torch.arange(1, bins + 1, device=c.device) * len(c) // bins - 1
-        edges = torch.cat([c.new_zeros(1), ordered[ends[ends >= 0]]]).unique()
-        if len(edges) == 1:  # every confidence is 0
-            edges = c.new_tensor([0.0, 1.0])
+        edges = torch.cat([c.new_zeros(1), ordered[ends[ends >= 0]]])  # of equal ones the first takes all, others none
     at = torch.bucketize(c, edges).clamp(min=1) - 1
     sums = torch.zeros(3, len(edges) - 1, dtype=torch.float64, device=c.device)
     sums.index_add_(1, at, torch.stack([torch.ones_like(c), c, a]))

@@ -107,6 +107,34 @@ def test_frozen_samples_stop_where_they_first_fool_the_model():
     assert torch.equal(pgd(model, x, y, 0.2, freeze=True, **options), want)
 
 
+def test_frozen_samples_stay_frozen_where_a_model_changes_its_mind():
+    class Fickle(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            z = torch.stack([x.sum(1), -x.sum(1)], 1)
+            return z.flip(1) if self.calls == 2 else z
+
+    x = torch.full((1, 2), 0.5)
+    options = {"eps": 0.4, "step": 0.1, "random_start": False}
+    one = pgd(Fickle(), x, torch.tensor([0]), steps=1, **options)
+    assert torch.equal(pgd(Fickle(), x, torch.tensor([0]), steps=4, freeze=True, **options), one)
+
+
+def test_a_run_that_fools_the_model_beats_one_of_higher_loss():
+    class Cliff(nn.Module):
+        def forward(self, x):
+            near, far = torch.tensor([0.01, 0.0, 0.0]), torch.tensor([0.0, 0.01, -9.0])
+            return torch.where(x > 0.5, far, near) + 0 * x
+
+    x, y = torch.full((40, 1), 0.5), torch.zeros(40, dtype=torch.long)
+    model, g = Cliff(), torch.Generator().manual_seed(0)
+    losses = nn.functional.cross_entropy(model(torch.tensor([[0.4], [0.6]])), y[:2], reduction="none")
+    assert losses[0] > losses[1]
+    assert bool((pgd(model, x, y, 0.1, step=0.0, steps=1, restarts=12, generator=g) > 0.5).all())
+
+
 def test_restarts_never_do_worse_and_are_reproducible():
     model, (x, y) = convolutional().eval(), images(40)
     runs = {}

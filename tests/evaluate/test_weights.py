@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import fastflat as ff
 from fastflat.evaluate import evaluate, weight_attack
 
 from .models import convolutional, images, linear, quantized, unchanged
@@ -27,6 +28,7 @@ def same(a, b):
 def test_a_linear_loss_reaches_the_corner_of_the_cube():
     model = linear()
     x = torch.randn(4, 6, dtype=torch.float64)
+    x[:, 0] = torch.tensor([2.0, -1, -1, -1])  # its mean and the mean of the batches' means differ in sign
     data = [(x[:1], None), (x[1:], None)]  # batches weigh as many as their rows
     weight = model[1].weight.detach().clone()
     mean = x.mean(0)
@@ -64,6 +66,14 @@ def test_weights_come_back_in_every_bit(make, dtype):
     assert moved == set(done.parameters)
     assert all(n.endswith(".weight") for n in moved)  # no bias, no scale of a quantizer
     assert not any("norm" in n or n == "1.weight" for n in moved)
+
+
+def test_scales_of_quantizers_stay_whatever_their_axes():
+    spec = ff.QuantSpec.lsq(bits=4).replace(group=3)
+    model = ff.prepare(nn.Sequential(nn.Linear(6, 3)), weights=spec)
+    assert any(p.dim() == 2 and n != "0.weight" for n, p in model.named_parameters())
+    with weight_attack(model, F.cross_entropy, [(torch.randn(8, 6), torch.arange(8) % 3)], 0.1) as done:
+        assert done.parameters == ("0.weight",)
 
 
 def test_accuracy_falls_inside_and_returns_after():
