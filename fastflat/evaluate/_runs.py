@@ -59,7 +59,7 @@ def pairs(name: str, data: Any) -> Iterator[tuple[Any, Any]]:
 
 def again(name: str, data: Any) -> None:
     """Refuse data that can be gone through only once."""
-    if isinstance(data, Iterable) and iter(data) is data:
+    if isinstance(data, Iterator):
         _checks.fail(name, "data", "be an iterable that can be gone through again", type(data), "; pass list(data)")
 
 

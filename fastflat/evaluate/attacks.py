@@ -58,7 +58,7 @@ def pgd(
     restarts: int = 1,
     random_start: bool = True,
     targeted: bool = False,
-    freeze: bool = False,
+    freeze: bool | Callable[[Tensor, Any], Tensor] = False,
     loss: Loss | None = None,
     lo: float | Tensor | None = 0.0,
     hi: float | Tensor | None = 1.0,
@@ -82,7 +82,7 @@ def pgd(
         random_start: from a point drawn evenly from the ball instead of from x.
         targeted: descend the loss to y.
         freeze: leave a sample where it is as soon as it fools the model (is taken for another class than y; for y if
-            ``targeted``); that is looked at before each step.
+            ``targeted``), or as ``freeze(logits, y) -> bool [B]`` says; that is looked at before each step.
         loss: ``(logits, y) -> [B]``; cross-entropy by default.
         lo, hi: range of the data, numbers or tensors that broadcast to x; None for no bound. For normalised images see
             :func:`data_range`.
@@ -166,14 +166,15 @@ class _Attack:
     def inside(self, x: Tensor) -> Tensor:
         return _ball.into_box(_ball.into_ball(x, self.centre, self.eps, self.norm), self.lo, self.hi)
 
-    def climb(self, x: Tensor, step: float | Tensor, steps: int, *, freeze: bool) -> Tensor:
+    def climb(self, x: Tensor, step: float | Tensor, steps: int, *, freeze: bool | Callable) -> Tensor:
         """Steps from x on; frozen samples stay."""
         going = None
         for _ in range(steps):
-            g, fooled = self._gradient(x, freeze)
+            g, logits = self._gradient(x)
             moved = self.inside(x + step * _ball.ascent(-g if self.targeted else g, self.norm))
             if freeze:
-                going = ~fooled if going is None else going & ~fooled
+                stop = self._fooled(logits) if freeze is True else self._stopped(freeze, logits)
+                going = ~stop if going is None else going & ~stop
                 moved = torch.where(going, moved, x)
             x = moved
         return x
@@ -196,7 +197,7 @@ class _Attack:
             _checks.fail(self.name, "gradients", "be finite", "NaN or infinity", "; look at the model's outputs")
         return x if self.active is None else torch.where(self.active, x, self.x)
 
-    def _gradient(self, x: Tensor, freeze: bool) -> tuple[Tensor, Tensor | None]:
+    def _gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = x.to(self.x.dtype).detach().requires_grad_()
             losses, logits = self._losses(leaf)
@@ -204,7 +205,7 @@ class _Attack:
                 _checks.fail(self.name, "model", "be differentiable in its inputs", "outputs without a gradient")
             (g,) = torch.autograd.grad(losses.sum(), leaf)
         self._finite &= g.isfinite().all()
-        return g.to(x.dtype), self._fooled(logits) if freeze else None
+        return g.to(x.dtype), logits.detach()
 
     def _losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model(x)
@@ -230,6 +231,13 @@ class _Attack:
             _checks.fail(self.name, "y", want, list(self.y.shape) if isinstance(self.y, Tensor) else type(self.y))
         same = logits.argmax(1) == self.y.to(logits.device)
         return (same if self.targeted else ~same).view(_ball.per_sample(self.x))
+
+    def _stopped(self, freeze: Callable, logits: Tensor) -> Tensor:
+        stop = freeze(logits, self.y)
+        if not isinstance(stop, Tensor) or stop.dtype != torch.bool or stop.shape != logits.shape[:1]:
+            got = f"{stop.dtype} {list(stop.shape)}" if isinstance(stop, Tensor) else type(stop)
+            _checks.fail(self.name, "freeze", f"return a bool tensor [B={len(logits)}]", got)
+        return stop.to(self.x.device).view(_ball.per_sample(self.x))
 
     def _check(self, logits: Tensor) -> None:
         """Values of the data and the first logits, in one look."""

@@ -105,6 +105,11 @@ def test_frozen_samples_stop_where_they_first_fool_the_model():
     first = torch.where(fooled.any(0), fooled.int().argmax(0), 6)
     want = torch.stack([trail[k][i] for i, k in enumerate(first.tolist())])
     assert torch.equal(pgd(model, x, y, 0.2, freeze=True, **options), want)
+    same = pgd(model, x, y, 0.2, freeze=lambda logits, labels: logits.argmax(1) != labels, **options)
+    assert torch.equal(same, want)
+    never = pgd(model, x, y, 0.2, freeze=lambda logits, _: logits[:, 0].isnan(), **options)
+    assert torch.equal(never, trail[6])
+    assert torch.equal(pgd(model, x, y, 0.2, freeze=lambda logits, _: ~logits[:, 0].isnan(), **options), x)
 
 
 def test_frozen_samples_stay_frozen_where_a_model_changes_its_mind():
@@ -271,6 +276,7 @@ X, Y = images(4)
         ({"active": torch.ones(4)}, r"active must be a bool tensor \[B=4\]"),
         ({"loss": lambda z, y: z.sum()}, r"loss must return one number for each sample, \[B=4\], got \[\]"),
         ({"loss": lambda z, y: z.sum(1), "y": None, "freeze": True}, "y must be labels"),
+        ({"freeze": lambda z, y: z}, r"freeze must return a bool tensor \[B=4\], got torch.float32 \[4, 3\]"),
         ({"loss": lambda z, y: z.detach().sum(1)}, "model must be differentiable in its inputs"),
         ({"loss": lambda z, y: (z * math.inf).sum(1)}, "gradients must be finite"),
         ({"model": convolutional()}, "model must keep samples apart, got 1 in train mode; call model.eval"),
