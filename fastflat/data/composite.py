@@ -80,11 +80,13 @@ def composed(garments: Tensor, photos: list[Tensor], salt: int) -> Tensor:
             pixel = (top[:, None] + z * step)[:, :, None] * columns + (left[:, None] + z * step)[:, None, :]
             made[at] = photo.flatten(1)[:, pixel.flatten()].view(3, len(at), _SIDE, _SIDE).movedim(0, 1)
     down, right = draw[:, 4] % (_SIDE - height + 1), draw[:, 5] % (_SIDE - width + 1)
-    place = (down[:, None] + torch.arange(height))[:, :, None] * _SIDE + (right[:, None] + torch.arange(width))[:, None]
-    garment = torch.zeros(n, _SIDE * _SIDE, dtype=torch.uint8)
-    garment.scatter_(1, place.flatten(1), garments.flatten(1))
-    garment = garment.view(n, 1, _SIDE, _SIDE)
-    return torch.maximum(made, garment) - torch.minimum(made, garment)
+    for d in range(_SIDE - height + 1):
+        for r in range(_SIDE - width + 1):
+            at = ((down == d) & (right == r)).nonzero()[:, 0]
+            place = (at, slice(None), slice(d, d + height), slice(r, r + width))
+            under, garment = made[place], garments[at]
+            made[place] = torch.maximum(under, garment) - torch.minimum(under, garment)
+    return made
 
 
 def _hashed(n: int, k: int, salt: int) -> Tensor:
