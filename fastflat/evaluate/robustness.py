@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy on corrupted and attacked data, as small tables."""
+"""Accuracy on corrupted images, as a small table."""
 
 from __future__ import annotations
 
