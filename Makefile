@@ -20,7 +20,7 @@ VENV2 ?= .venv-matrix
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help build test peers lint format bench wheel demo gpu matrix audit clean
+.PHONY: help build test peers lint format bench wheel demo docs gpu matrix audit clean
 
 help:
 	@echo "make demo    train a 4-bit network on this machine, from a fresh clone"
@@ -29,6 +29,7 @@ help:
 	@echo "make peers   install torchao, Brevitas and Model-Optimizer: make test and make bench then compare with them"
 	@echo "make lint    formatters and checks, changing nothing          make format applies them"
 	@echo "make bench   the benchmarks on this machine, with a page in build/bench.html; ARGS=--quick takes minutes"
+	@echo "make docs    the documentation as pages in build/docs"
 	@echo "make wheel   a wheel in dist/"
 	@echo "make matrix  the same libraries under a second Python and torch"
 	@echo "make audit   compiled kernels against their budget; needs nvcc or triton, no GPU"
@@ -74,6 +75,11 @@ bench: build
 
 audit: build
 	$(BIN)/fastflat audit $(ARGS)
+
+docs: $(VENV)/.installed
+	$(PIP) install --no-build-isolation --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/docs/index.html"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 PEERS = ("brevitas", "modelopt", "torchao")
 
 
@@ -53,6 +56,35 @@ def test_python_blocks_run(page, number, monkeypatch):
             exec(compile(text, page.name, "exec"), names)
     finally:
         logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The pages as built, every warning (a link that leads nowhere, a page outside the menu) an error."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install -e '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_every_page_is_built_and_in_the_menu(site):
+    menu = (site / "index.html").read_text()
+    for page in PAGES:
+        target = str(page.relative_to(ROOT / "docs").with_suffix(".html"))
+        assert (site / target).is_file()
+        assert f'href="{target}"' in menu or target == "index.html"
+
+
+@pytest.mark.parametrize("module", ["curvature", "data", "evaluate", "export", "functional", "integrations", "methods",
+                                    "optim", "quant"])  # fmt: skip
+def test_reference_has_every_public_name(site, module):
+    page = (site / "api" / f"{'fastflat' if module == 'functional' else module}.html").read_text()
+    public = importlib.import_module(f"fastflat.{module}")
+    names = [n for n in public.__all__ if callable(getattr(public, n))]
+    found = {n for n in names if re.search(rf'id="fastflat\.[\w.]*\b{n}"', page)}
+    assert found == set(names), f"without a docstring, or not shown: {sorted(set(names) - found)}"
 
 
 def test_every_peer_has_an_example():
