@@ -21,6 +21,7 @@ STOREYS = (
     {"_spec"},
     {"_ops"},
     {"_load", "_checks"},
+    {"data"},
     {"triton_kernels"},
     {"backends"},
     {"autograd"},

