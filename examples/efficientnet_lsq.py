@@ -138,7 +138,7 @@ def labelled(images, teacher):
 
 
 def main():
-    options = comparison.options(__doc__, steps=100)
+    options = comparison.options(__doc__, steps=80)
     first = crops("train", BATCH, seed=1)
     teacher = build(first, quantize=False)
     batches = labelled(crops("train", BATCH * options.steps, seed=2), teacher)

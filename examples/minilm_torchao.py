@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MiniLM-L6, a pretrained BERT, told by torchao in 4 bits when a State of the Union address was given.
+"""MiniLM-L6, a pretrained BERT, told by torchao in 2 bits when a State of the Union address was given.
 
-The peer is torchao (`quantize_` with a `QATConfig`: activations in int8 by token, weights in int4 by groups of 32) on
+The peer is torchao (`quantize_` with a `QATConfig`: activations in int8 by token, weights in int2 by groups of 32) on
 the linear layers of the encoder of Hugging Face's `transformers`. Passages of 32 tokens are told apart by the quarter
 of the 233 speeches of 1790 to 2021, in their order, from which they come; every fifth speech is held out. The
 classifier on top is fitted to the fp32 network first. The scales are constants in backward: every loss keeps its bits.
@@ -81,14 +81,14 @@ def build(weights, quantize=True):
     model.load_state_dict(weights)
     if quantize:
         activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
-        weights = IntxFakeQuantizeConfig(torch.int4, group_size=32)
+        weights = IntxFakeQuantizeConfig(torch.int2, group_size=32)
         config = QATConfig(activation_config=activations, weight_config=weights, step="prepare")
         quantize_(model.bert.encoder, config)  # embeddings, pooler and head stay in floats
     return model
 
 
 def train(model, batches):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for tokens, labels in batches:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(tokens), labels)
@@ -126,7 +126,7 @@ def main():
     held_out = list(range(0, len(texts), 5))
     learned = sorted(set(range(len(texts))) - set(held_out))
     test = passages(texts, held_out, 32 if options.quick else 400, seed=1)
-    weights = fitted(*passages(texts, learned, 64 if options.quick else 800, seed=2))
+    weights = fitted(*passages(texts, learned, 64 if options.quick else 1000, seed=2))
     tokens, labels = passages(texts, learned, BATCH * options.steps, seed=3)
     batches = list(zip(tokens.split(BATCH), labels.split(BATCH), strict=True))
     model = build(weights)

@@ -95,7 +95,7 @@ def evaluate(model, batches):
 
 
 def main():
-    options = comparison.options(__doc__, steps=60)
+    options = comparison.options(__doc__, steps=50)
     images = data.load("auto").first(*((640, 256) if options.quick else (12_000, 1000)))
     mean, std = images.statistics()
     print(f"data: {images.name}")

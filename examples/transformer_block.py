@@ -171,7 +171,7 @@ def windows(text, count, seed):
 
 
 def main():
-    options = comparison.options(__doc__, steps=40)
+    options = comparison.options(__doc__, steps=30)
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     code = b"".join(path.read_bytes() for path in files)
     text = torch.frombuffer(bytearray(code), dtype=torch.uint8).long().clamp(max=SYMBOLS - 1)
