@@ -24,7 +24,7 @@ FORMS = {
     "fastflat": "accelerated",
     "fastflat-sam": "and its SAM",
     "fp32": "no quantizers",
-}  # fmt: skip
+}
 
 
 def options(text: str, *, steps: int, quick: int = 4) -> argparse.Namespace:
