@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EfficientNet-Lite0, pretrained on ImageNet, in 4 bits with a home-made LSQ, distilled from its own fp32 form.
+"""EfficientNet-Lite0, pretrained on ImageNet, in 6 bits with a home-made LSQ, distilled from its own fp32 form.
 
 The peer is what many projects write for themselves: a module with a learned step (Esser et al., ICLR 2020), hung on the
 weights by torch.nn.utils.parametrize and put before each convolution. fastflat is told the names of its attributes.
@@ -65,7 +65,7 @@ def first_step(x, high, dim=None):
 
 
 def quantized(model, images):
-    """Weights by channel in 4 bits, depthwise ones in 8, and the inputs of convolutions in 8; the first and the last
+    """Weights by channel in 6 bits, depthwise ones in 8, and the inputs of convolutions in 8; the first and the last
     layer stay as they are."""
     inputs = {}
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and name != "_conv_stem"}
@@ -75,7 +75,7 @@ def quantized(model, images):
     for hook in hooks:
         hook.remove()
     for name, conv in convs.items():
-        high = 127 if conv.groups > 1 else 7
+        high = 127 if conv.groups > 1 else 31
         step = first_step(conv.weight.detach(), high, (1, 2, 3))
         parametrize.register_parametrization(conv, "weight", LearnedStep(-high - 1, high, step))
         x = inputs[name]
@@ -100,7 +100,7 @@ def build(images, quantize=True):
 
 def train(model, batches):
     # The fp32 form learns from itself: its gradients are rounding errors, which a smaller eps would let grow.
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, eps=1e-6)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-5, eps=1e-6)
     for images, scores in batches:
         optimizer.zero_grad()
         loss = F.kl_div(model(images).log_softmax(1), scores.log_softmax(1), reduction="batchmean", log_target=True)
