@@ -98,11 +98,10 @@ def _compile(root: Path, folder: Path, source: str, isa: str, tools: Tools, arch
     elif source.startswith("csrc/cuda/"):
         command = [*tools.nvcc, *flags.cuda_cxx(*at)]
     else:
-        command = [*tools.cxx, *flags.cxx(*at)]
+        others = len(instruction_sets(source, platform.machine())) > 1
+        command = [*tools.cxx, *flags.cxx(*at), *flags.optimisation(source, isa, others)]
     if isa:
         command.append(f"-DFASTFLAT_ISA_{isa.upper()}")
-    if isa == "baseline" and len(instruction_sets(source, platform.machine())) > 1:
-        command += flags.BASELINE
     output = folder / f"{source}{isa and '.'}{isa}.o"
     command += ["-MF", f"{output}.d", "-c", source, "-o", str(output)]
     return Step(f"compiling {source}{isa and ' for '}{isa}", output, command, [source])

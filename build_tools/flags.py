@@ -9,7 +9,6 @@ from build_tools.decide import TORCH_FLOOR
 #: Both compilers, C++ and CUDA sources alike.
 SHARED = {
     "-std=c++20": "the oldest standard that the stable headers of every torch from 2.10 compile with",
-    "-O3": "the vector loops need it",
     "-Icsrc": "sources write math/x.h, core/x.h, cpu/x.h",
     "-MD": "writes the header dependencies next to the object: a changed header rebuilds what includes it",
 }
@@ -28,12 +27,43 @@ HOST = {
     "-Wextra": "warnings",
 }
 
-#: Loops for processors without a faster set: three quarters of the size.
-BASELINE = {
+FAST = {"-O3": "the vector loops need it"}
+
+#: Checks of arguments and calls of loops.
+CALLS = {"-Os": "no loop over elements in them"}
+
+#: Loops of many forms: half the size of -O3 alone, and as fast.
+LEAN = {
+    "-O3": "the vector loops need it",
     "-fno-unswitch-loops": "no copy of a loop for each value of a condition",
     "-fno-peel-loops": "no copy of a loop for its first elements",
     "--param=vect-epilogues-nomask=0": "no second, narrower vector loop for the last elements",
 }
+
+#: Loops of even more forms: smaller still, and as fast where the sources force what must be inlined.
+LEANER = {
+    "-O2": "inlines what the sources say must be inlined, and little else",
+    "-fvect-cost-model=dynamic": "vectorises as -O3 does",
+    "-fpeel-loops": "unrolls the short loops whose length the compiler knows, as -O3 does",
+    "-fno-unswitch-loops": "no copy of a loop for each value of a condition",
+    "--param=vect-epilogues-nomask=0": "no second, narrower vector loop for the last elements",
+}
+
+#: Loops for the x86 processors without AVX2: few, old, and not worth a third of the library.
+RARE = {"-Os": "scalar, at a third of the size"}
+
+#: How the loops of a family are optimised; all others are FAST: they get their speed from a copy for each condition.
+LOOPS = {
+    "binarize": LEANER,
+    "bitplane": LEAN,
+    "fake_quantize": LEAN,
+    "general_quantize": LEANER,
+    "liq": LEANER,
+    "mixquant": LEANER,
+}
+
+#: Sources beside the loops that compute enough themselves to be worth it.
+FAST_CALLS = ("tangents",)
 
 #: Sources that include torch.
 TORCH = {
@@ -43,6 +73,7 @@ TORCH = {
 }
 
 NVCC = {
+    **FAST,
     "-fmad=false": "as -ffp-contract=off, on the device",
     "-lineinfo": "profilers and compute-sanitizer name source lines; costs nothing at run time",
     "-Xptxas=-v,--warn-on-spills": "registers in the build log, a warning for every spill",
@@ -77,13 +108,29 @@ TARGET_VERSION = (TORCH_FLOOR[0] << 56) | (TORCH_FLOOR[1] << 48)
 
 
 def cxx(torch: str, root: str) -> list[str]:
-    """Options of the host compiler for a source of the CPU library. `torch`: folder of the torch package."""
+    """Options of the host compiler for every source of the CPU library. `torch`: folder of the torch package."""
     return _fill((*SHARED, *HOST, *TORCH), torch, root)
+
+
+def optimisation(source: str, isa: str, others: bool) -> list[str]:
+    """How one source of the CPU library is optimised.
+
+    Args:
+        source: its path.
+        isa: the instruction set that it is compiled for, empty for a source without loops.
+        others: whether the library holds faster sets beside ``baseline``.
+    """
+    family = source.rpartition("/")[2].removesuffix(".cpp").removesuffix("_loops")
+    if not isa:
+        return list(FAST if family in FAST_CALLS else CALLS)
+    if isa == "baseline" and others:
+        return list(RARE)
+    return list(LOOPS.get(family, FAST))
 
 
 def cuda_cxx(torch: str, root: str) -> list[str]:
     """Options of nvcc for a .cpp of the CUDA library: it calls the host compiler with its own include path."""
-    options = _fill((*SHARED, *TORCH, *CUDA_HOST), torch, root)
+    options = _fill((*SHARED, *CALLS, *TORCH, *CUDA_HOST), torch, root)
     return [*(o.replace("-isystem", "-isystem=") for o in options), *_host(torch, root)]
 
 
@@ -103,10 +150,12 @@ def link_cuda(torch: str, root: str) -> list[str]:
     return _fill((*LINK, *NVCC_LINK, *linker), torch, root)
 
 
-def public(arches: tuple[str, ...]) -> dict[str, list[str]]:
+def public(arches: tuple[str, ...]) -> dict[str, list[str] | dict[str, list[str]]]:
     """The options as they go into the build record: with placeholders instead of the build machine's paths."""
     at = ("<torch>", "<root>")
-    return {"cxx": [*cxx(*at), *link_cpu(*at)], "nvcc": [*nvcc(arches, *at), *link_cuda(*at)] if arches else []}
+    loops = {family: [*options] for family, options in LOOPS.items()}
+    device = [*nvcc(arches, *at), *link_cuda(*at)] if arches else []
+    return {"cxx": [*cxx(*at), *link_cpu(*at)], "loops": loops, "nvcc": device}
 
 
 def _pass_on(option: str) -> str:

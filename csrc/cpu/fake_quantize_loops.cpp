@@ -82,33 +82,39 @@ FASTFLAT_HD void by_form(const FakeQuantizeCall& call, const Body& body) {
 template <class X>
 constexpr bool chains = sizeof(X) >= sizeof(float);
 
-// The map skeleton: element(i, group, ts, tz) for every storage offset in [begin, end).
-template <class C, bool with_chained, class Element>
-FASTFLAT_HD void map_elements(const FakeQuantizeCall& call, int64_t begin, int64_t end, const Element& element) {
+// The map skeleton: element(i, grid, group, ts, tz) for every storage offset in [begin, end).
+template <class C, class Grid, class Element>
+FASTFLAT_HD void map_on_grid(const FakeQuantizeCall& call, int64_t begin, int64_t end, const Grid grid,
+                             const Element& element) {
   const Geometry& geometry = call.geometry;
   const Parameters<C> p(call);
-  by_form<C, with_chained>(call, [&](const auto grid) __attribute__((always_inline)) {
-    if (geometry.inner >= short_run || geometry.channels == 1) {
-      for_runs(geometry, begin, end, [&](int64_t i, int64_t n, int64_t c) __attribute__((always_inline)) {
-        const QuantGroup<C> g = p.group(grid, c);
-        const C ts = p.ts ? p.ts[c] : C(0), tz = p.tz ? p.tz[c] : C(0);
-        for (int64_t j = i; j < i + n; ++j) element(j, grid, g, ts, tz);
-      });
-      return;
+  if (geometry.inner >= short_run || geometry.channels == 1) {
+    for_runs(geometry, begin, end, [&](int64_t i, int64_t n, int64_t c) __attribute__((always_inline)) {
+      const QuantGroup<C> g = p.group(grid, c);
+      const C ts = p.ts ? p.ts[c] : C(0), tz = p.tz ? p.tz[c] : C(0);
+      for (int64_t j = i; j < i + n; ++j) element(j, grid, g, ts, tz);
+    });
+    return;
+  }
+  SpreadParameters<C> s;
+  if (!p.ts) std::fill_n(s.ts, block, C(0));
+  if (!p.tz) std::fill_n(s.tz, block, C(0));
+  for (int64_t i = begin; i < end; i += block) {
+    const int64_t n = std::min(block, end - i);
+    s.fill(geometry, p, i, n);
+    if (p.zero) {
+      for (int64_t j = 0; j < n; ++j) element(i + j, grid, grid.group(s.scale[j], s.zero[j]), s.ts[j], s.tz[j]);
+    } else {
+      for (int64_t j = 0; j < n; ++j) element(i + j, grid, grid.group(s.scale[j]), s.ts[j], s.tz[j]);
     }
-    SpreadParameters<C> s;
-    if (!p.ts) std::fill_n(s.ts, block, C(0));
-    if (!p.tz) std::fill_n(s.tz, block, C(0));
-    for (int64_t i = begin; i < end; i += block) {
-      const int64_t n = std::min(block, end - i);
-      s.fill(geometry, p, i, n);
-      if (p.zero) {
-        for (int64_t j = 0; j < n; ++j) element(i + j, grid, grid.group(s.scale[j], s.zero[j]), s.ts[j], s.tz[j]);
-      } else {
-        for (int64_t j = 0; j < n; ++j) element(i + j, grid, grid.group(s.scale[j]), s.ts[j], s.tz[j]);
-      }
-    }
-  });
+  }
+}
+
+// The same with the form of the grid known to the compiler.
+template <class C, bool with_chained, class Element>
+FASTFLAT_HD void map_elements(const FakeQuantizeCall& call, int64_t begin, int64_t end, const Element& element) {
+  by_form<C, with_chained>(
+      call, [&](const auto grid) __attribute__((always_inline)) { map_on_grid<C>(call, begin, end, grid, element); });
 }
 
 template <class X, class Y>
@@ -145,10 +151,11 @@ void fake_quantize_tangent(const FakeQuantizeCall& call, int64_t begin, int64_t 
         [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C ts, C tz)
             __attribute__((always_inline)) { ty[i] = store<Y>(grid.tangent(load(tx[i]), ts, tz, load(x[i]), g)); });
   } else {
-    map_elements<C, false>(
-        call, begin, end,
-        [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C ts, C tz)
-            __attribute__((always_inline)) { ty[i] = store<Y>(grid.tangent(C(0), ts, tz, load(x[i]), g)); });
+    // Tangents of the scale alone are rare: one form of the grid for all.
+    const auto any = IntegerGrid<C>::make(call.qmin, call.qmax, call.eps, call.factor, call.rules);
+    map_on_grid<C>(call, begin, end, any,
+                   [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C ts, C tz)
+                       __attribute__((always_inline)) { ty[i] = store<Y>(grid.tangent(C(0), ts, tz, load(x[i]), g)); });
   }
 }
 

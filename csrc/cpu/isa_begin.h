@@ -20,3 +20,6 @@
 
 // The name of a family's table for this set.
 #define FASTFLAT_TABLE(name) FASTFLAT_JOIN(name##_, FASTFLAT_ISA)
+
+// A function that many loops call, a block or a run at a time: one copy of it for each type instead of one in each.
+#define FASTFLAT_SHARED_CODE __attribute__((noinline, noclone))

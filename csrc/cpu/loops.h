@@ -18,7 +18,7 @@ constexpr int64_t block = 512;  // elements walked at once with one scale each
 
 // Calls uniform(offset, count, channel) for each run of one scale in [begin, end).
 template <class Uniform>
-inline void for_runs(const Geometry& g, int64_t begin, int64_t end, const Uniform& uniform) {
+FASTFLAT_HD void for_runs(const Geometry& g, int64_t begin, int64_t end, const Uniform& uniform) {
   int64_t run = g.inner ? begin / g.inner : 0;
   for (int64_t i = begin; i < end; ++run) {
     const int64_t stop = std::min(end, (run + 1) * g.inner);
@@ -29,7 +29,7 @@ inline void for_runs(const Geometry& g, int64_t begin, int64_t end, const Unifor
 
 // Writes the per-channel values p of the elements [begin, begin + count) to `out`, one an element.
 template <class T>
-inline void spread(const Geometry& g, const T* p, int64_t begin, int64_t count, T* __restrict out) {
+FASTFLAT_SHARED_CODE void spread(const Geometry& g, const T* p, int64_t begin, int64_t count, T* __restrict out) {
   if (g.inner == 1) {
     int64_t c = begin % g.channels;
     for (int64_t i = 0; i < count; c = 0) {
@@ -52,7 +52,7 @@ inline void spread(const Geometry& g, const T* p, int64_t begin, int64_t count, 
 
 // Adds n values, at most `block` of them, to the lanes; the first goes to lane 0.
 template <class C>
-inline void add_lanes(const C* __restrict t, int64_t n, C* __restrict lane) {
+FASTFLAT_SHARED_CODE void add_lanes(const C* __restrict t, int64_t n, C* __restrict lane) {
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) {
     for (int l = 0; l < lanes; ++l) lane[l] += t[i + l];
@@ -62,7 +62,7 @@ inline void add_lanes(const C* __restrict t, int64_t n, C* __restrict lane) {
 
 // Sum of the lanes by halving; changes them.
 template <class C>
-inline double fold(C* lane) {
+FASTFLAT_SHARED_CODE double fold(C* lane) {
   for (int width = lanes / 2; width; width /= 2) {
     for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
   }

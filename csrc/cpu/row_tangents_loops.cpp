@@ -17,9 +17,6 @@ namespace {
 
 using namespace row_tangents;
 
-// Called once a row: one copy of the code of each will do.
-#define FASTFLAT_SHARED_CODE __attribute__((noinline, noclone))
-
 // A sum runs in 32 lanes of float or 8 of double whatever the vector width, which are folded to eight and, after every
 // `flush` elements, added up in double: an error of 1e-6 of the magnitudes cannot come together.
 template <class C>

@@ -5,9 +5,6 @@
 
 constexpr int64_t stage = 512;
 
-// Called once a stage, by many loops: one copy of the code of each will do.
-#define FASTFLAT_SHARED_CODE __attribute__((noinline))
-
 template <class C>
 struct alignas(64) StageBuffer {
   C v[stage];

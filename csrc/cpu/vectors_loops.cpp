@@ -17,9 +17,6 @@ namespace {
 
 #include "cpu/noise_fill.h"
 
-// Called once a tile: one copy of the code of each will do.
-#define FASTFLAT_SHARED_CODE __attribute__((noinline))
-
 // A dot is formed in eight lanes of double whatever the vector width; how many dots are formed at once is free.
 constexpr int dot_lanes = 8;
 #if defined(FASTFLAT_ISA_AVX512)

@@ -50,7 +50,8 @@ def test_libtorch_stays_needed_and_no_path_is_stored():
 
 def test_every_flag_has_its_why():
     tables = (flags.SHARED, flags.HOST, flags.TORCH, flags.NVCC, flags.CUDA_HOST, flags.LINK, flags.NVCC_LINK)
-    for table in (*tables, flags.LINKER, flags.CPU_LINKER):
+    optimising = (flags.FAST, flags.CALLS, flags.LEAN, flags.LEANER, flags.RARE)
+    for table in (*tables, *optimising, flags.LINKER, flags.CPU_LINKER):
         assert all(table.values())
 
 
@@ -58,3 +59,16 @@ def test_the_record_names_no_folder():
     text = str(flags.public(("9.0",)))
     assert "<torch>/include" in text
     assert flags.public(())["nvcc"] == []
+
+
+def test_only_a_baseline_that_few_processors_need_is_not_vectorised(root):
+    def level(source, isa, others):
+        return flags.optimisation(f"csrc/cpu/{source}.cpp", isa, others)[0]
+
+    assert level("fake_quantize_loops", "baseline", True) == "-Os"
+    assert level("fake_quantize_loops", "baseline", False) == level("descent_loops", "avx2", True) == "-O3"
+    assert level("binarize_loops", "avx512", True) == "-O2"
+    assert level("binarize", "", False) == "-Os"
+    assert level("tangents", "", False) == "-O3"
+    families = {path.name.removesuffix("_loops.cpp") for path in (root / "csrc/cpu").glob("*_loops.cpp")}
+    assert set(flags.LOOPS) | set(flags.FAST_CALLS) <= families

@@ -45,9 +45,9 @@ LOOPS = ["fake_quantize_forward<float, float>", "backward_run<false, float, floa
     f"Rule<float, false, (fastflat::Noise){noise}, fastflat::Exact, (fastflat::GeneralForm){form}>::forward"
     for noise, form in ((1, 0), (1, 1), (0, 2))
 ]
-#: The packed division of each set: the mark that a loop of the forward op was vectorised.
+SETS = ("baseline", "avx2", "avx512")
+#: The packed division of a set: the mark that a loop of the forward op was vectorised. The baseline is kept small.
 PACKED_DIVISION = {
-    "baseline": r"\bdivps\s.*%xmm",
     "avx2": r"\bvdivps\s.*%ymm",
     "avx512": r"\bvdivps\s.*%zmm",
 }
@@ -74,7 +74,7 @@ def disassembly() -> str:
 
 
 def test_instantiations_are_few(symbols):
-    counts = {isa: collections.Counter() for isa in PACKED_DIVISION}
+    counts = {isa: collections.Counter() for isa in SETS}
     for line in symbols:
         match = re.search(r"fastflat::cpu::(\w+)::\(anonymous namespace\)::(\w+)<.*?>(::\w+)?\(", line)
         if match and match[1] in counts and "lambda" not in line:
@@ -85,8 +85,8 @@ def test_instantiations_are_few(symbols):
 
 
 def test_library_stays_small():
-    """As a wheel packs it."""
-    assert len(zlib.compress(LIBRARY.read_bytes(), 6)) < 4.35 * 2**20
+    """As a wheel packs it: with 0.7 MB of Python a wheel of 3 MB."""
+    assert len(zlib.compress(LIBRARY.read_bytes(), 6)) < 2.34e6
 
 
 @pytest.mark.parametrize("isa", PACKED_DIVISION)
@@ -95,6 +95,9 @@ def test_loops_are_vectorised(disassembly, isa, function):
     name = f"fastflat::cpu::{isa}::(anonymous namespace)::{function}"
     body = re.search(rf"^[0-9a-f]+ <(?:void )?{re.escape(name)}.*?(?=^$)", disassembly, re.MULTILINE | re.DOTALL)
     assert body, f"no symbol {name}"
+    # A function that is the same as another is a jump to it.
+    if folded := re.fullmatch(r"[^\n]*\n[^\n]*\tjmp +([0-9a-f]+) [^\n]*\n(?:[^\n]*\tdata16[^\n]*\n)?", body[0]):
+        body = re.search(rf"^0*{folded[1]} <.*?(?=^$)", disassembly, re.MULTILINE | re.DOTALL)
     assert re.search(PACKED_DIVISION[isa], body[0])
 
 
