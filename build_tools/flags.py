@@ -130,8 +130,10 @@ def optimisation(source: str, isa: str, others: bool) -> list[str]:
 
 def cuda_cxx(torch: str, root: str) -> list[str]:
     """Options of nvcc for a .cpp of the CUDA library: it calls the host compiler with its own include path."""
-    options = _fill((*SHARED, *CALLS, *TORCH, *CUDA_HOST), torch, root)
-    return [*(o.replace("-isystem", "-isystem=") for o in options), *_host(torch, root)]
+    options = _fill((*SHARED, *TORCH, *CUDA_HOST), torch, root)
+    # nvcc itself knows no -Os
+    optimising = (f"-Xcompiler={option}" for option in CALLS)
+    return [*(o.replace("-isystem", "-isystem=") for o in options), *_host(torch, root), *optimising]
 
 
 def nvcc(arches: tuple[str, ...], torch: str, root: str) -> list[str]:

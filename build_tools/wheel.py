@@ -7,6 +7,7 @@ Usage: wheel.py [CUDA]. The wheel is built and repaired aside and comes into ``d
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,9 @@ from build_tools.decide import BuildError  # noqa: E402
 SPACE = {False: 1 << 29, True: 3 << 30}
 #: What the loaded torch and the driver bring.
 EXCLUDED = ("libtorch*", "libc10*", "libcuda.so*")
+
+_STEP = re.compile(r"fastflat: (building|skipping|compiling|linking) ")
+_ERROR = re.compile(r"\b(fatal error|error|fatal) *: (?!nvcc|g\+\+|ccache)")
 
 
 def environment(cuda: str | None, env: Mapping[str, str], nvcc: str | None) -> dict[str, str]:
@@ -70,10 +74,14 @@ def _run(what: str, command: list[str], env: Mapping[str, str]) -> None:
     done = subprocess.run(command, env=dict(env), cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = (done.stdout + done.stderr).splitlines()
-        told = [line.strip() for line in lines if line.strip().startswith("fastflat: ") and "compiling" not in line]
-        told += [line.strip() for line in lines if " error: " in line or line.strip().startswith("error: ")]
-        last = lines[-1].strip() if lines else f"status {done.returncode}"
-        raise BuildError(f"{what} failed: {(told or [last])[0].removeprefix('fastflat: ')}")
+        raise BuildError(f"{what} failed: {_told([line.strip() for line in lines]) or f'status {done.returncode}'}")
+
+
+def _told(lines: list[str]) -> str:
+    """The line of a log that says why: our own, else a compiler's, else the last."""
+    own = [line.removeprefix("fastflat: ") for line in lines if line.startswith("fastflat: ") and not _STEP.match(line)]
+    compilers = [line for line in lines if _ERROR.search(line)]
+    return next(iter([*own, *compilers, *lines[-1:]]), "")
 
 
 def main(words: list[str]) -> int:

@@ -136,3 +136,12 @@ def test_a_gpu_too_old_and_a_torch_too_old_are_one_line(monkeypatch):
     assert said == "built for 7.5, 8.0+PTX, this GPU is 6.1; rebuild with FASTFLAT_ARCHS"
     monkeypatch.setattr(torch, "__version__", "2.9.1")
     assert _load._needed_torch() == "pip install 'torch>=2.10'; "
+
+
+def test_the_line_of_a_log_that_says_why():
+    steps = ["fastflat: building the cpu library: torch 2.13", "fastflat: compiling csrc/cuda/a.cu"]
+    assert wheel._told([*steps, "nvcc fatal   : Unsupported gpu", "error: exit 1"]) == "nvcc fatal   : Unsupported gpu"
+    assert wheel._told([*steps, "error: nvcc -c a.cu", "a.cu(3): error: no such name", "x"]).endswith("no such name")
+    assert wheel._told([*steps, "fastflat: nvcc is too old", "a: error: b"]) == "nvcc is too old"
+    assert wheel._told(["a", "b"]) == "b"
+    assert wheel._told([]) == ""
