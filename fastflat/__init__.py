@@ -5,6 +5,7 @@ from fastflat import functional, optim, quant
 from fastflat._spec import QuantSpec
 from fastflat.backends import FallbackWarning, backend, backends, choose
 from fastflat.functional import (
+    affine_logit_scan,
     binarize,
     bitplane,
     bitplane_codes,
@@ -16,6 +17,10 @@ from fastflat.functional import (
     frac_quantize,
     liq_quantize,
     mixquant,
+    rebalanced_ce,
+    softmax_js,
+    softmax_kl,
+    softmax_stats,
 )
 from fastflat.memory import tune_host_memory
 from fastflat.quant import calibrate, param_groups, prepare
@@ -27,6 +32,7 @@ __all__ = [
     "QuantSpec",
     "accelerate",
     "accelerate_optimizer",
+    "affine_logit_scan",
     "backend",
     "backends",
     "binarize",
@@ -52,7 +58,11 @@ __all__ = [
     "param_groups",
     "prepare",
     "quant",
+    "rebalanced_ce",
     "restore",
+    "softmax_js",
+    "softmax_kl",
+    "softmax_stats",
     "tune_host_memory",
 ]
 

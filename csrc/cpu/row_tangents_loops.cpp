@@ -17,6 +17,8 @@ namespace {
 
 using namespace row_tangents;
 
+#include "cpu/in_blocks.h"
+
 // A sum runs in 32 lanes of float or 8 of double whatever the vector width, which are folded to eight and, after every
 // `flush` elements, added up in double: an error of 1e-6 of the magnitudes cannot come together.
 template <class C>
@@ -138,32 +140,6 @@ __attribute__((always_inline)) inline C inline_dot(const C* a, const C* b, int64
 template <class C>
 FASTFLAT_SHARED_CODE C dot(const C* a, const C* b, int64_t n) {
   return inline_dot(a, b, n);
-}
-
-// to[i] = value(from[i]), a block at a time, the last through buffers: the code of one loop.
-template <class From, class To, class Value>
-inline void in_blocks(const From* from, int64_t n, To* to, const Value& value) {
-  constexpr int64_t block = 256;
-  From last_from[block] = {};
-  To last_to[block];
-  for (int64_t i = 0; i < n; i += block) {
-    const bool whole = i + block <= n;
-    if (!whole) std::memcpy(last_from, from + i, (n - i) * sizeof(From));
-    const From* const a = whole ? from + i : last_from;
-    To* const b = whole ? to + i : last_to;
-#pragma GCC ivdep
-    for (int64_t k = 0; k < block; ++k) b[k] = value(a[k]);
-    if (!whole) std::memcpy(to + i, last_to, (n - i) * sizeof(To));
-  }
-}
-
-template <class S>
-FASTFLAT_SHARED_CODE void widen(const void* from, int64_t at, int64_t n, float* to) {
-  in_blocks(static_cast<const S*>(from) + at, n, to, [](S v) __attribute__((always_inline)) { return load(v); });
-}
-template <class S>
-FASTFLAT_SHARED_CODE void narrow(const float* from, int64_t n, void* to, int64_t at) {
-  in_blocks(from, n, static_cast<S*>(to) + at, [](float v) __attribute__((always_inline)) { return store<S>(v); });
 }
 
 // The tensors of a call in the compute type: in place, or in parts of the scratch.

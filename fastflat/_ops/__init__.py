@@ -27,6 +27,7 @@ from fastflat._ops import (
     general_quantize,
     identity,
     liq,
+    logits,
     mixquant,
     row_tangents,
     sharpness,
@@ -40,7 +41,7 @@ NAMESPACE = "fastflat"
 #: Modules with the rows of a family each, under the family's name.
 FAMILIES = (
     *(identity, fake_quantize, fake_quantize_list, general_quantize, mixquant, binarize, liq, bitplane),
-    *(sharpness, descent, vectors, tangents, row_tangents),
+    *(sharpness, descent, vectors, tangents, row_tangents, logits),
 )
 
 OPS: dict[str, Op] = {op.name: op for family in FAMILIES for op in family.ROWS}

@@ -6,10 +6,20 @@ from fastflat.functional._bitplane import bitplane, bitplane_codes, bitplane_ini
 from fastflat.functional._fake_quantize import fake_quantize, fake_quantize_dynamic, scale_value
 from fastflat.functional._fake_quantize_list import fake_quantize_list
 from fastflat.functional._liq import liq_quantize
+from fastflat.functional._logits import (
+    SoftmaxStats,
+    affine_logit_scan,
+    rebalanced_ce,
+    softmax_js,
+    softmax_kl,
+    softmax_stats,
+)
 from fastflat.functional._mixquant import frac_quantize, mixquant
 from fastflat.functional._noise import draw_state
 
 __all__ = [
+    "SoftmaxStats",
+    "affine_logit_scan",
     "binarize",
     "bitplane",
     "bitplane_codes",
@@ -21,5 +31,9 @@ __all__ = [
     "frac_quantize",
     "liq_quantize",
     "mixquant",
+    "rebalanced_ce",
     "scale_value",
+    "softmax_js",
+    "softmax_kl",
+    "softmax_stats",
 ]

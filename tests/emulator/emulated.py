@@ -36,6 +36,7 @@ class Emulated(
     _part("vectors").VectorOps,
     _part("tangents").TangentOps,
     _part("row_tangents").RowTangentOps,
+    _part("logits").LogitsOps,
 ):
     """Launches the kernels of `module` on dense CPU tensors whose storage starts on 16 bytes."""
 

@@ -8,6 +8,7 @@ import ctypes
 import sys
 
 import glue_lists
+import glue_logits
 import glue_row_tangents
 import glue_tangents
 import glue_vectors
@@ -303,6 +304,8 @@ glue_vectors.compare(call)
 glue_vectors.refuse(refused)
 glue_row_tangents.compare(call)
 glue_row_tangents.refuse(refused)
+glue_logits.compare(call)
+glue_logits.refuse(refused)
 glue_tangents.compare(call)
 glue_tangents.refuse(refused)
 x, one = randn(4, 6), torch.ones(())
