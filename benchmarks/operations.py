@@ -21,6 +21,12 @@ _FIRST_PASS = 4
 #: Of a tangent, and of the primal once for all tangents.
 _TANGENTS = {"gelu": (3, 11), "scale": (3, 0), "scale_grad": (3, 0), "norm": (1, 0), "stats": (3, 0), "apply": (4, 0)}
 _ROW_TANGENTS = {"norm": (11, 0), "norm_bwd": (20, 6), "softmax": (4, 0), "cross_entropy": (4, 2)}
+#: Forward: log p with its maximum and sum, and the terms of the loss; backward.
+_LOGITS = {"kl": (9, 10), "js": (13, 15), "ce": (9, 9), "stats": (6, 0)}
+#: Of a step of a scan, half of it for each of the two tensors.
+_SCAN = 3
+#: Of a copy: a normal draw, its product and sum; with a mask a draw and a choice more. Of a step.
+_INPUTS = {"noise": 3 * 12, "noise-masked": 3 * 15, "pgd-linf": 11, "pgd-l2": 14}
 
 
 def of(case: Any) -> int:
@@ -72,6 +78,12 @@ def _row_tangents(case: Any) -> float:
     return each + once / case.shape[0]
 
 
+def _logits(case: Any) -> float:
+    if case.work == "scan":
+        return _SCAN * case.steps
+    return _passes(lambda case: _LOGITS[case.work])(case)
+
+
 _OF = {
     "fake_quantize": _passes(_quantize),
     "fake_quantize_list": _passes(_quantize),
@@ -83,6 +95,8 @@ _OF = {
     "identity": lambda case: 0,
     "sharpness": lambda case: _FIRST_PASS + _BASES[case.base],
     "descent": lambda case: _BASES[case.base],
+    "inputs": lambda case: _INPUTS[case.granularity],
+    "logits": _logits,
     "vectors": _vectors,
     "tangents": _tangents,
     "row_tangents": _row_tangents,

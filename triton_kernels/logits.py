@@ -16,8 +16,8 @@ from ._common import double_from_bits, narrow, widen
 from ._elementary import exp, log
 from ._launch import OPTIONS
 
-#: Elements of a tile of several rows, and of the longest row that a program holds; half in fp64.
-_TILE, _LONGEST = 1024, 4096
+#: Elements of a tile, and of the longest row that a program holds; the latter is half in fp64.
+_TILE, _LONGEST = 256, 1024
 
 
 @triton.jit
@@ -229,9 +229,7 @@ def _js_kernel(
 
 
 @triton.jit(do_not_specialize=["K", "R", "share_bits"])
-def _js_bwd_kernel(
-    gz0, gz, g, z0, z, divergence, norm, K, R, C, share_bits, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _js_bwd_kernel(gz0, gz, g, z0, z, divergence, norm, K, R, C, share_bits, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows, alive, at = _place(R, ROWS, BLOCK)
     share = double_from_bits(share_bits, norm.dtype.element_ty)
     of_g = tl.load(g + rows, mask=alive, other=0.0)
@@ -309,15 +307,10 @@ def _loss_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=["R", "ignored"])
-def _stats_kernel(
-    stats, norm, z, y, R, C, ignored, RESIDENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _stats_kernel(stats, norm, z, y, R, C, ignored, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows, alive, at = _place(R, ROWS, BLOCK)
-    one = tl.full([1, 1], 1.0, norm.dtype.element_ty)
-    most, log_sum = _plain_norm(z, rows * C, C, alive, at, one, RESIDENT)
-    _keep(norm, rows, alive, most, log_sum)
     label, known, index = _labels(y, rows, alive, C)
-    other = tl.full([ROWS, 1], float("-inf"), one.dtype)
+    other = tl.full([ROWS, 1], float("-inf"), norm.dtype.element_ty)
     begin = C * 0
     while begin < C:
         here = alive & (begin + at < C)
@@ -325,6 +318,15 @@ def _stats_kernel(
         other = tl.where(more > other, more, other)
         begin += BLOCK
     of_label = tl.where(known, _fetch(z, rows * C + index, alive & known), float("nan"))
+    most = tl.where(of_label > other, of_label, other)
+    sums = tl.zeros([ROWS, BLOCK], tl.float64)
+    begin = C * 0
+    while begin < C:
+        here = alive & (begin + at < C)
+        sums += _below(_fetch(z, rows * C + begin + at, here), most, here)
+        begin += BLOCK
+    log_sum = log(tl.sum(sums, 1, keep_dims=True).to(most.dtype))
+    _keep(norm, rows, alive, most, log_sum)
     p = exp((of_label - most) - log_sum)
     largest = exp(0.0 - log_sum)
     kept = label != ignored
@@ -371,24 +373,25 @@ def _compute(z: torch.Tensor, *shape: int) -> torch.Tensor:
     return z.new_empty(shape, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
 
 
-def _tiles(z: torch.Tensor) -> tuple[bool, int, int, int]:
-    """Whether a program holds its rows, how many they are, elements of a tile's row, and warps."""
+def _tiles(z: torch.Tensor, hold: bool) -> tuple[bool, int, int, int]:
+    """Whether a program holds its rows, how many they are, elements of a tile's row, and warps. A thread has 2
+    elements: more would spill on some architectures."""
     length, halved = z.shape[-1], 2 if z.dtype == torch.float64 else 1
     block = triton.next_power_of_2(max(length, 1))
-    resident = block <= _LONGEST // halved
-    block = block if resident else 2 * _TILE // halved
-    return resident, max(1, _TILE // halved // block), block, max(4, block * halved // 512)
+    resident = hold and block <= _LONGEST // halved
+    block = block if resident else min(block, _TILE)
+    return resident, max(1, _TILE // halved // block), block, max(4, block * halved // 64)
 
 
-def _run(kernel, rows: int, like: torch.Tensor, arguments: tuple, resident: bool = True) -> None:
-    """Tensors that are None are never read."""
+def _run(kernel, rows: int, like: torch.Tensor, arguments: tuple, hold: bool = True) -> None:
+    """Kernels that read a row once do not `hold` it. Tensors that are None are never read."""
     if rows == 0:
         return
-    held, tile_rows, block, warps = _tiles(like)
+    held, tile_rows, block, warps = _tiles(like, hold)
     given = [_launch.raw(a if isinstance(a, torch.Tensor) else like) if not isinstance(a, (int, bool)) else a
              for a in arguments]  # fmt: skip
     with _launch.on_device(like):
-        numbers = ((held,) if resident else ()) + (tile_rows, block)
+        numbers = ((held,) if hold else ()) + (tile_rows, block)
         kernel[(triton.cdiv(rows, tile_rows),)](*given, *numbers, **{**OPTIONS, "num_warps": warps})
 
 
@@ -411,9 +414,9 @@ def logits_divergence_bwd(
     gz0, gz = torch.empty_like(z0), torch.empty_like(z)
     tensors = (gz0, gz, g.contiguous(), z0, z, divergence.contiguous(), norm.contiguous())
     if js:
-        _run(_js_bwd_kernel, r, z, (*tensors, k, r, c, _launch.bits(1.0 / (k + 1))), resident=False)
+        _run(_js_bwd_kernel, r, z, (*tensors, k, r, c, _launch.bits(1.0 / (k + 1))), hold=False)
     else:
-        _run(_kl_bwd_kernel, r, z, (*tensors, k, r, c), resident=False)
+        _run(_kl_bwd_kernel, r, z, (*tensors, k, r, c), hold=False)
     return gz0, gz
 
 
@@ -453,23 +456,21 @@ def logits_loss_bwd(
     gz = torch.empty_like(z)
     classes, there = _given(mult, add, margin)
     tensors = (gz, g.contiguous(), z, y.contiguous(), *classes, norm.contiguous())
-    _run(_loss_bwd_kernel, n, z, (*tensors, n, c, _launch.bits(s), *there), resident=False)
+    _run(_loss_bwd_kernel, n, z, (*tensors, n, c, _launch.bits(s), *there), hold=False)
     return gz
 
 
 def logits_stats(z: torch.Tensor, y: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     (n, c), z = z.shape, z.contiguous()
     stats, norm = _compute(z, 4, n), _compute(z, n, 2)
-    _run(_stats_kernel, n, z, (stats, norm, z, y.contiguous(), n, c, ignore_index))
+    _run(_stats_kernel, n, z, (stats, norm, z, y.contiguous(), n, c, ignore_index), hold=False)
     return stats, norm
 
 
-def logits_scan(
-    a: torch.Tensor, b: torch.Tensor, y: torch.Tensor, t: torch.Tensor, ignore_index: int
-) -> torch.Tensor:
+def logits_scan(a: torch.Tensor, b: torch.Tensor, y: torch.Tensor, t: torch.Tensor, ignore_index: int) -> torch.Tensor:
     (n, c), k, b = b.shape, len(t), b.contiguous()
     losses = _compute(b, k, n)
     tensors = (losses, a.contiguous(), b, y.contiguous(), t.contiguous())
     if k:
-        _run(_scan_kernel, n, b, (*tensors, k, n, c, ignore_index), resident=False)
+        _run(_scan_kernel, n, b, (*tensors, k, n, c, ignore_index), hold=False)
     return (losses.double().sum(1) / (y != ignore_index).sum()).to(t.dtype)

@@ -20,7 +20,7 @@ struct LogitsOps {
   using Maybe = std::optional<Tensor>;
   using Sizes = std::initializer_list<int64_t>;
 
-  static void require(bool right, const char* op, const char* name, const char* what) {
+  __attribute__((noinline)) static void require(bool right, const char* op, const char* name, const char* what) {
     STD_TORCH_CHECK(right, "fastflat::", op, ": ", name, " must ", what);
   }
 
@@ -31,7 +31,7 @@ struct LogitsOps {
     for (const int64_t size : sizes) same = same && t.size(d++) == size;
     require(same, op, name, what);
     require(t.scalar_type() == dtype, op, name,
-            dtype == ScalarType::Long                 ? "be int64"
+            dtype == ScalarType::Long                   ? "be int64"
             : dtype == compute_type(like.scalar_type()) ? "be float32 (float64 for float64 logits)"
                                                         : "have the dtype of the logits");
     require(t.device() == like.device(), op, name, "be on the device of the logits");

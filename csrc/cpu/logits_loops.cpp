@@ -424,12 +424,12 @@ void scan_loop(const LogitsCall& call, int64_t begin, int64_t end, void* scratch
 }  // namespace
 }  // namespace FASTFLAT_ISA
 
-#define FASTFLAT_LOGITS_LOOPS(C)                                                                         \
-  {                                                                                                      \
-    {                                                                                                    \
+#define FASTFLAT_LOGITS_LOOPS(C)                                                                          \
+  {                                                                                                       \
+    {                                                                                                     \
       FASTFLAT_ISA::divergence_loop<C>, FASTFLAT_ISA::divergence_bwd_loop<C>, FASTFLAT_ISA::loss_loop<C>, \
-          FASTFLAT_ISA::loss_bwd_loop<C>, FASTFLAT_ISA::stats_loop<C>, FASTFLAT_ISA::scan_loop<C>        \
-    }                                                                                                    \
+          FASTFLAT_ISA::loss_bwd_loop<C>, FASTFLAT_ISA::stats_loop<C>, FASTFLAT_ISA::scan_loop<C>         \
+    }                                                                                                     \
   }
 
 const LogitsLoops FASTFLAT_TABLE(logits) = FASTFLAT_LOGITS_LOOPS(float);

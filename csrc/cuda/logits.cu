@@ -4,8 +4,6 @@
 // from the caches.
 #include "cuda/logits.h"
 
-#include <limits>
-
 #include "cuda/reduce.cuh"
 #include "cuda/storage.cuh"
 #include "math/logits.h"
@@ -19,7 +17,14 @@ using namespace logits;
 constexpr int64_t kPacksOfBlock = 129;
 
 template <class C>
-constexpr C kNone = -std::numeric_limits<C>::infinity();
+__device__ __forceinline__ C none() {
+  using F = elementary::Format<C>;
+  return bit_cast<C>(F::infinity | F::sign);
+}
+template <class C>
+__device__ __forceinline__ C not_a_number() {
+  return bit_cast<C>(elementary::Format<C>::nan);
+}
 
 // The threads of a row.
 template <class T>
@@ -114,7 +119,7 @@ struct Balanced {
 template <class T, class Logits>
 __device__ __forceinline__ compute_t<T> largest_of(const Team<T>& team, const Logits& logits, int64_t left_out = -1) {
   using C = compute_t<T>;
-  C most = kNone<C>;
+  C most = none<C>();
   team.walk([&](int64_t at) {
     C v[Team<T>::N];
     logits(team, at, v);
@@ -127,8 +132,7 @@ __device__ __forceinline__ compute_t<T> largest_of(const Team<T>& team, const Lo
 }
 
 template <class T, class Logits>
-__device__ __forceinline__ Norm<compute_t<T>> norm_below(const Team<T>& team, const Logits& logits,
-                                                         compute_t<T> most) {
+__device__ __forceinline__ Norm<compute_t<T>> norm_below(const Team<T>& team, const Logits& logits, compute_t<T> most) {
   using C = compute_t<T>;
   double sum = 0.0;
   team.walk([&](int64_t at) {
@@ -213,7 +217,7 @@ __device__ __forceinline__ double divergences(const C (&log_p)[N], const C (&log
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) kl_kernel(Divergence<T> f, int team_size, bool wide) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) kl_kernel(Divergence<T> f, int team_size, bool wide) {
   using C = compute_t<T>;
   constexpr int N = pack_width<T>;
   const Team<T> team(f.R, f.classes, team_size, wide);
@@ -241,7 +245,7 @@ __global__ void __launch_bounds__(kBlock) kl_kernel(Divergence<T> f, int team_si
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) kl_bwd_kernel(Divergence<T> f, int team_size, bool wide) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) kl_bwd_kernel(Divergence<T> f, int team_size, bool wide) {
   using C = compute_t<T>;
   constexpr int N = pack_width<T>;
   const Team<T> team(f.R, f.classes, team_size, wide);
@@ -273,19 +277,20 @@ __global__ void __launch_bounds__(kBlock) kl_bwd_kernel(Divergence<T> f, int tea
 
 // Of all K + 1 distributions of all rows.
 template <class T>
-__global__ void __launch_bounds__(kBlock) norms_kernel(Divergence<T> f, int team_size, bool wide) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) norms_kernel(Divergence<T> f, int team_size, bool wide) {
   const Team<T> team((f.K + 1) * f.R, f.classes, team_size, wide);
   const auto norm = norm_of(team, Plain<T>{f.row_of(team.row / f.R, team.row % f.R)});
   if (team.leads) keep(f.norm, team.row, norm);
 }
 
 // Values of a mixture that a thread holds.
-constexpr int kHeld = 16;
+template <class T>
+constexpr int kHeld = sizeof(T) == 8 ? 8 : 16;
 
 template <bool resident, class T>
-__global__ void __launch_bounds__(kBlock) js_kernel(Divergence<T> f, int team_size, bool wide) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) js_kernel(Divergence<T> f, int team_size, bool wide) {
   using C = compute_t<T>;
-  constexpr int N = pack_width<T>, packs = resident ? kHeld / N : 1;
+  constexpr int N = pack_width<T>, packs = resident ? kHeld<T> / N : 1;
   const Team<T> team(f.R, f.classes, team_size, wide);
   C held[packs][N];
   if constexpr (resident) {
@@ -297,7 +302,7 @@ __global__ void __launch_bounds__(kBlock) js_kernel(Divergence<T> f, int team_si
   }
   for (int64_t i = 0; i <= f.K; ++i) {
     double sum = 0.0;
-    const auto add = [&](int64_t at, const C (&log_m)[N]) {
+    const auto add = [&](int64_t at, const C(&log_m)[N]) {
       C log_p[N];
       f.log_p(team, i, at, log_p);
       sum = sum + divergences(log_p, log_m, at, team.classes);
@@ -322,7 +327,7 @@ __global__ void __launch_bounds__(kBlock) js_kernel(Divergence<T> f, int team_si
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) js_bwd_kernel(Divergence<T> f, int team_size, bool wide) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) js_bwd_kernel(Divergence<T> f, int team_size, bool wide) {
   using C = compute_t<T>;
   constexpr int N = pack_width<T>;
   const Team<T> team(f.R, f.classes, team_size, wide);
@@ -362,7 +367,7 @@ struct Loss {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) loss_kernel(Loss<T> f, int team_size, bool wide) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) loss_kernel(Loss<T> f, int team_size, bool wide) {
   using C = compute_t<T>;
   const Team<T> team(f.R, f.classes, team_size, wide);
   const Balanced<T> logits = f.logits(team);
@@ -372,7 +377,7 @@ __global__ void __launch_bounds__(kBlock) loss_kernel(Loss<T> f, int team_size, 
   const bool known = logits.y >= 0 && logits.y < f.classes;
   C weight = C(0), value = C(0);
   if (logits.y != f.ignore_index) {
-    weight = value = std::numeric_limits<C>::quiet_NaN();
+    weight = value = not_a_number<C>();
     if (known) {
       weight = f.class_weight ? load_parameter(f.class_weight, logits.y) : C(1);
       value = weight * logits::loss(norm, logits.value(load(load_parameter(logits.row_of, logits.y)), logits.y));
@@ -384,7 +389,7 @@ __global__ void __launch_bounds__(kBlock) loss_kernel(Loss<T> f, int team_size, 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) loss_bwd_kernel(Loss<T> f, int team_size, bool wide) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) loss_bwd_kernel(Loss<T> f, int team_size, bool wide) {
   using C = compute_t<T>;
   constexpr int N = pack_width<T>;
   const Team<T> team(f.R, f.classes, team_size, wide);
@@ -407,15 +412,14 @@ __global__ void __launch_bounds__(kBlock) loss_bwd_kernel(Loss<T> f, int team_si
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) stats_kernel(Loss<T> f, int team_size, bool wide) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) stats_kernel(Loss<T> f, int team_size, bool wide) {
   using C = compute_t<T>;
   const Team<T> team(f.R, f.classes, team_size, wide);
   const Plain<T> logits{f.z + team.row * f.classes};
   const int64_t y = team.busy ? load_parameter(f.y, team.row) : -1;
   const bool known = y >= 0 && y < team.classes;
   const C other = largest_of(team, logits, y);
-  const C of_label = known ? static_cast<C>(load(load_parameter(logits.row_of, y)))
-                           : std::numeric_limits<C>::quiet_NaN();
+  const C of_label = known ? static_cast<C>(load(load_parameter(logits.row_of, y))) : not_a_number<C>();
   const Norm<C> norm = norm_below(team, logits, of_label > other ? of_label : other);
   if (!team.leads) return;
   keep(f.norm, team.row, norm);
@@ -465,13 +469,20 @@ Divergence<T> divergence_of(const LogitsCall& call) {
 template <class T>
 Loss<T> loss_of(const LogitsCall& call) {
   using C = compute_t<T>;
-  return {input<T>(call.z),        call.y,
-          input<C>(call.mult),     input<C>(call.add),
-          input<C>(call.margin),   input<C>(call.weight),
-          input<C>(call.g),        output<C>(call.norm),
-          output<C>(call.of_row),  output<C>(call.out),
-          output<T>(call.out),     static_cast<C>(call.s),
-          call.R,                  call.C,
+  return {input<T>(call.z),
+          call.y,
+          input<C>(call.mult),
+          input<C>(call.add),
+          input<C>(call.margin),
+          input<C>(call.weight),
+          input<C>(call.g),
+          output<C>(call.norm),
+          output<C>(call.of_row),
+          output<C>(call.out),
+          output<T>(call.out),
+          static_cast<C>(call.s),
+          call.R,
+          call.C,
           call.ignore_index};
 }
 
@@ -505,7 +516,7 @@ ErrorCode launch_logits_divergence(const LogitsCall& call, StreamHandle stream) 
     if (!call.js) return launch_rows<T>(kl_kernel<T>, f, plan, call.R, stream);
     const cudaError_t error = launch_rows<T>(norms_kernel<T>, f, plan, (call.K + 1) * call.R, stream);
     if (error) return error;
-    const bool resident = call.C <= static_cast<int64_t>(plan.team) * kHeld;
+    const bool resident = call.C <= static_cast<int64_t>(plan.team) * kHeld<T>;
     return launch_rows<T>(resident ? js_kernel<true, T> : js_kernel<false, T>, f, plan, call.R, stream);
   });
 }

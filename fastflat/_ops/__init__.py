@@ -26,6 +26,7 @@ from fastflat._ops import (
     fake_quantize_list,
     general_quantize,
     identity,
+    inputs,
     liq,
     logits,
     mixquant,
@@ -41,7 +42,7 @@ NAMESPACE = "fastflat"
 #: Modules with the rows of a family each, under the family's name.
 FAMILIES = (
     *(identity, fake_quantize, fake_quantize_list, general_quantize, mixquant, binarize, liq, bitplane),
-    *(sharpness, descent, vectors, tangents, row_tangents, logits),
+    *(sharpness, descent, vectors, tangents, row_tangents, logits, inputs),
 )
 
 OPS: dict[str, Op] = {op.name: op for family in FAMILIES for op in family.ROWS}

@@ -262,9 +262,7 @@ def stats(z: Tensor, y: Tensor, ignore_index: int, kernels: SimpleNamespace | No
     return PlainStats.apply(z, y, ignore_index, kernels)
 
 
-def scan(
-    a: Tensor, b: Tensor, y: Tensor, t: Tensor, ignore_index: int, kernels: SimpleNamespace | None
-) -> Tensor:
+def scan(a: Tensor, b: Tensor, y: Tensor, t: Tensor, ignore_index: int, kernels: SimpleNamespace | None) -> Tensor:
     """Losses along a step, ``[K]``; with a derivative the composed form of each step."""
     if _composes(a, b, t):
         compute = compute_dtype(a.dtype)

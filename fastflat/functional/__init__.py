@@ -5,6 +5,7 @@ from fastflat.functional._binarize import binarize
 from fastflat.functional._bitplane import bitplane, bitplane_codes, bitplane_init
 from fastflat.functional._fake_quantize import fake_quantize, fake_quantize_dynamic, scale_value
 from fastflat.functional._fake_quantize_list import fake_quantize_list
+from fastflat.functional._inputs import noise_batch, pgd_step
 from fastflat.functional._liq import liq_quantize
 from fastflat.functional._logits import (
     SoftmaxStats,
@@ -31,6 +32,8 @@ __all__ = [
     "frac_quantize",
     "liq_quantize",
     "mixquant",
+    "noise_batch",
+    "pgd_step",
     "rebalanced_ce",
     "scale_value",
     "softmax_js",

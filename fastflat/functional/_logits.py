@@ -107,7 +107,8 @@ def rebalanced_ce(
     Args:
         z: ``[N, C]`` logits, float32, bfloat16, float16 or float64.
         y: ``[N]`` labels, int64, on the device of z.
-        mult, add, margin, class_weight: ``[C]``, float32 (float64 for float64 z) or the dtype of z; None for 1, 0, 0, 1.
+        mult, add, margin, class_weight: ``[C]``, float32 (float64 for float64 z) or the dtype of z; None for 1, 0, 0
+            and 1.
         s: scale of the logits, a finite number.
         reduction: ``mean``, ``sum`` or ``none``.
 

@@ -113,6 +113,33 @@ def test_tangents_of_rows_are_those_of_stock_operations(benchmarks, dtype):
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_losses_over_logits_are_those_of_torch(benchmarks, dtype):
+    for case in bench.package("cases.logits").cases([6000], [dtype]):
+        data, results = case.data(CPU), []
+        leaves = [t for t in (data.x, data.scale) if t is not None and t.requires_grad]
+        for peer in ("fastflat", "eager"):
+            found = benchmarks.peers.PEERS["logits"][peer](data)(data.x, data.scale)
+            found = found if isinstance(found, tuple) else (found,)
+            results.append([*found, *(torch.autograd.grad(found, leaves, data.gy) if leaves else ())])
+        for ours, theirs in zip(*results, strict=True):
+            tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_steps_of_attacks_are_those_of_torch(benchmarks):
+    module = bench.package("cases.inputs")
+    for case in module.cases([20000], [torch.float64], ["pgd-linf", "pgd-l2"]):
+        data = case.data(CPU)
+        ours, theirs = (benchmarks.peers.PEERS["inputs"][peer](data)(data.x, None) for peer in ("fastflat", "eager"))
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    (case,) = module.cases([20000], [torch.float32], ["noise-masked"])
+    data = case.data(CPU)
+    for peer in ("fastflat", "eager"):
+        noisy = benchmarks.peers.PEERS["inputs"][peer](data)(data.x, None)
+        assert abs(((noisy != data.x).double().mean()) - module.KEEP) < 0.01
+
+
 def test_tangents_are_the_same_by_operators_of_torch(benchmarks):
     module = bench.package("cases.tangents")
     for case in module.cases([1000], [torch.float64]):

@@ -37,6 +37,7 @@ class Emulated(
     _part("tangents").TangentOps,
     _part("row_tangents").RowTangentOps,
     _part("logits").LogitsOps,
+    _part("inputs").InputsOps,
 ):
     """Launches the kernels of `module` on dense CPU tensors whose storage starts on 16 bytes."""
 

@@ -7,6 +7,7 @@ Arguments: the library. Prints the number of calls compared.
 import ctypes
 import sys
 
+import glue_inputs
 import glue_lists
 import glue_logits
 import glue_row_tangents
@@ -304,6 +305,8 @@ glue_vectors.compare(call)
 glue_vectors.refuse(refused)
 glue_row_tangents.compare(call)
 glue_row_tangents.refuse(refused)
+glue_inputs.compare(call)
+glue_inputs.refuse(refused)
 glue_logits.compare(call)
 glue_logits.refuse(refused)
 glue_tangents.compare(call)

@@ -2,6 +2,7 @@
 // The glue of csrc/cuda, registered for CPU tensors. Every header comes first, under its own meaning of CUDA.
 #include "core/checks.h"
 #include "core/expand.h"
+#include "core/inputs_checks.h"
 #include "core/lists.h"
 #include "core/logits_checks.h"
 #include "core/row_tangents_checks.h"
@@ -20,6 +21,7 @@
 #include "cuda/fake_quantize_list.cpp"
 #include "cuda/general_quantize.cpp"
 #include "cuda/identity.cpp"
+#include "cuda/inputs.cpp"
 #include "cuda/liq.cpp"
 #include "cuda/logits.cpp"
 #include "cuda/mixquant.cpp"

@@ -129,8 +129,16 @@ def _row() -> Tensor:
 #: Op, arguments, what is said.
 REFUSED = (
     ("logits_divergence", lambda: (_logits(), _logits(), False), "z must have shape [K, B, C]"),
-    ("logits_divergence", lambda: (_logits(), torch.zeros(1, 3, 3), False), "z0 must have shape [B, C] for z of [K, B, C]"),
-    ("logits_divergence", lambda: (_logits().double(), _logits()[None].bfloat16(), False), "z0 must have the dtype of the logits"),
+    (
+        "logits_divergence",
+        lambda: (_logits(), torch.zeros(1, 3, 3), False),
+        "z0 must have shape [B, C] for z of [K, B, C]",
+    ),
+    (
+        "logits_divergence",
+        lambda: (_logits().double(), _logits()[None].bfloat16(), False),
+        "z0 must have the dtype of the logits",
+    ),
     (
         "logits_divergence_bwd",
         lambda: (_row(), _logits(), _logits()[None], torch.zeros(1, 2), torch.zeros(2, 2, 2), True),
@@ -145,7 +153,11 @@ REFUSED = (
         lambda: (_row().double(), _logits(), _labels(), *(None,) * 3, torch.zeros(2, 2), 1.0),
         "g must be float32",
     ),
-    ("logits_loss_bwd", lambda: (_row(), _logits(), _labels(), *(None,) * 3, _row(), 1.0), "norm must have shape [N, 2]"),
+    (
+        "logits_loss_bwd",
+        lambda: (_row(), _logits(), _labels(), *(None,) * 3, _row(), 1.0),
+        "norm must have shape [N, 2]",
+    ),
     ("logits_stats", lambda: (_logits()[0], _labels(), 0), "z must have shape [N, C]"),
     ("logits_scan", lambda: (_logits()[:, 1:], _logits(), _labels(), _row(), 0), "a must have the shape of b"),
     ("logits_scan", lambda: (_logits(), _logits(), _labels(), _logits(), 0), "t must have shape [K]"),

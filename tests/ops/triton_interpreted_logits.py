@@ -12,7 +12,6 @@ from . import logits_cases as cases
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-
 @pytest.mark.parametrize("name", cases.OPS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_against_the_reference(name, dtype):
