@@ -27,6 +27,8 @@ _LOGITS = {"kl": (9, 10), "js": (13, 15), "ce": (9, 9), "stats": (6, 0)}
 _SCAN = 3
 #: Of a copy: a normal draw, its product and sum; with a mask a draw and a choice more. Of a step.
 _INPUTS = {"noise": 3 * 12, "noise-masked": 3 * 15, "pgd-linf": 11, "pgd-l2": 14}
+#: Sums, moments, largest; backward.
+_WEIGHTS = {"reduce": (10, 11), "saturate": (24, 29)}
 
 
 def of(case: Any) -> int:
@@ -96,6 +98,7 @@ _OF = {
     "sharpness": lambda case: _FIRST_PASS + _BASES[case.base],
     "descent": lambda case: _BASES[case.base],
     "inputs": lambda case: _INPUTS[case.granularity],
+    "weight_norms": _passes(lambda case: _WEIGHTS[case.granularity]),
     "logits": _logits,
     "vectors": _vectors,
     "tangents": _tangents,

@@ -20,9 +20,11 @@ from fastflat.functional import (
     noise_batch,
     pgd_step,
     rebalanced_ce,
+    saturate,
     softmax_js,
     softmax_kl,
     softmax_stats,
+    weight_reduce,
 )
 from fastflat.memory import tune_host_memory
 from fastflat.quant import calibrate, param_groups, prepare
@@ -64,10 +66,12 @@ __all__ = [
     "quant",
     "rebalanced_ce",
     "restore",
+    "saturate",
     "softmax_js",
     "softmax_kl",
     "softmax_stats",
     "tune_host_memory",
+    "weight_reduce",
 ]
 
 

@@ -27,6 +27,7 @@ from . import (
     steps,
     tangents,
     vectors,
+    weight_norms,
 )
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]
@@ -89,6 +90,7 @@ PEERS: dict[str, dict[str, Callable[[Data], Forward]]] = {
         "finite-difference": products.finite_difference,
     },
     "inputs": {"fastflat": inputs.ours, "eager": inputs.eager},
+    "weight_norms": {"fastflat": weight_norms.ours, "eager": weight_norms.eager},
     "logits": {"fastflat": logits.ours, "eager": logits.eager},
     "tangents": {"fastflat": tangents.ours, "eager": tangents.eager},
     "vectors": {"fastflat": vectors.ours, "matrices": vectors.matrices, "loop": vectors.loop},

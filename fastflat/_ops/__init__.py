@@ -34,6 +34,7 @@ from fastflat._ops import (
     sharpness,
     tangents,
     vectors,
+    weight_norms,
 )
 from fastflat._ops._row import Op, compute_dtype, scale_shape
 
@@ -42,7 +43,7 @@ NAMESPACE = "fastflat"
 #: Modules with the rows of a family each, under the family's name.
 FAMILIES = (
     *(identity, fake_quantize, fake_quantize_list, general_quantize, mixquant, binarize, liq, bitplane),
-    *(sharpness, descent, vectors, tangents, row_tangents, logits, inputs),
+    *(sharpness, descent, vectors, tangents, row_tangents, logits, inputs, weight_norms),
 )
 
 OPS: dict[str, Op] = {op.name: op for family in FAMILIES for op in family.ROWS}

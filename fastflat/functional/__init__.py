@@ -17,9 +17,11 @@ from fastflat.functional._logits import (
 )
 from fastflat.functional._mixquant import frac_quantize, mixquant
 from fastflat.functional._noise import draw_state
+from fastflat.functional._weight_norms import WeightStats, saturate, weight_reduce
 
 __all__ = [
     "SoftmaxStats",
+    "WeightStats",
     "affine_logit_scan",
     "binarize",
     "bitplane",
@@ -35,8 +37,10 @@ __all__ = [
     "noise_batch",
     "pgd_step",
     "rebalanced_ce",
+    "saturate",
     "scale_value",
     "softmax_js",
     "softmax_kl",
     "softmax_stats",
+    "weight_reduce",
 ]

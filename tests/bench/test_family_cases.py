@@ -140,6 +140,16 @@ def test_steps_of_attacks_are_those_of_torch(benchmarks):
         assert abs(((noisy != data.x).double().mean()) - module.KEEP) < 0.01
 
 
+def test_regularisers_of_weights_are_those_of_torch(benchmarks):
+    for case in bench.package("cases.weight_norms").cases([6000], [torch.float64]):
+        data, results = case.data(CPU), []
+        leaves = [t for t in (data.x, data.scale) if t is not None]
+        for peer in ("fastflat", "eager"):
+            found = benchmarks.peers.PEERS["weight_norms"][peer](data)(data.x, data.scale)
+            results.append([found, *torch.autograd.grad(found, leaves, data.gy)])
+        torch.testing.assert_close(*results, rtol=1e-7, atol=1e-7)
+
+
 def test_tangents_are_the_same_by_operators_of_torch(benchmarks):
     module = bench.package("cases.tangents")
     for case in module.cases([1000], [torch.float64]):

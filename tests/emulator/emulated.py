@@ -38,6 +38,7 @@ class Emulated(
     _part("row_tangents").RowTangentOps,
     _part("logits").LogitsOps,
     _part("inputs").InputsOps,
+    _part("weight_norms").WeightNormsOps,
 ):
     """Launches the kernels of `module` on dense CPU tensors whose storage starts on 16 bytes."""
 

@@ -13,6 +13,7 @@ import glue_logits
 import glue_row_tangents
 import glue_tangents
 import glue_vectors
+import glue_weight_norms
 import torch
 
 from fastflat import _ops
@@ -307,6 +308,8 @@ glue_row_tangents.compare(call)
 glue_row_tangents.refuse(refused)
 glue_inputs.compare(call)
 glue_inputs.refuse(refused)
+glue_weight_norms.compare(call)
+glue_weight_norms.refuse(refused)
 glue_logits.compare(call)
 glue_logits.refuse(refused)
 glue_tangents.compare(call)

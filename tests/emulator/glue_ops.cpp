@@ -10,6 +10,7 @@
 #include "core/tangent_checks.h"
 #include "core/tensor.h"
 #include "core/vector_checks.h"
+#include "core/weight_norms_checks.h"
 #include "cuda/device.h"
 #include "cuda/scaled.h"
 
@@ -29,3 +30,4 @@
 #include "cuda/sharpness.cpp"
 #include "cuda/tangents.cpp"
 #include "cuda/vectors.cpp"
+#include "cuda/weight_norms.cpp"

@@ -43,7 +43,7 @@ def run(environment, *arguments):
     [
         (1, ("emulator", "kernels")),
         (19, ("general_quantize", "mixquant", "bitplane", "binarize", "liq")),
-        (7, ("sharpness", "descent", "vectors", "tangents", "row_tangents", "logits", "inputs")),
+        (7, ("sharpness", "descent", "vectors", "tangents", "row_tangents", "logits", "inputs", "weight_norms")),
     ],
 )
 def test_kernels_are_clean(sanitized_environment, every, files):
