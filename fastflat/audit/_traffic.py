@@ -38,7 +38,7 @@ PLACES = {
 _LARGE = {"columns": ((1 << 16, 64), 1, 0)}
 #: Arguments of Triton kernels that hold one value a scale, or a call, and are made on the way: they stay in the caches
 #: like the op's own arguments of that size. The table of a list of tensors has a row of 88 bytes for each.
-_PARAMETERS = ("scale_ptr", "about_ptr", "alpha_ptr", "k_ptr", "tensors")
+_PARAMETERS = ("scale_ptr", "about_ptr", "alpha_ptr", "k_ptr", "sigma", "tensors")
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: Where Triton kernels are interpreted in fp32, too: tiles are those of bf16, beside which partial sums count for more.
 _ALSO_FP32 = ("tensor", "columns")
