@@ -117,7 +117,8 @@ def _link(root: Path, folder: Path, name: str, objects: list[Path], tools: Tools
 def _update(step: Step, root: Path) -> None:
     """Runs the step's command unless its output is up to date. Prints warnings; all that was said is in ``.log``."""
     record = Path(f"{step.output}.cmd")
-    command = shlex.join(step.command)
+    # a compiler's cache in front of it changes no file
+    command = shlex.join(step.command[os.path.basename(step.command[0]) == "ccache" :])
     if _current(step, record, command, root):
         return
     step.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The incremental build, on a tree of two small sources."""
 
+import dataclasses
 import os
 import platform
 
@@ -52,6 +53,15 @@ def test_other_flags_compile_everything(tree, monkeypatch):
     build(tree)
     monkeypatch.setitem(compiler.flags.SHARED, "-DANOTHER", "a flag more")
     assert build(tree) == ALL
+
+
+def test_a_cache_in_front_of_the_compiler_compiles_nothing_anew(tree, tmp_path_factory):
+    build(tree)
+    cache = tmp_path_factory.mktemp("bin") / "ccache"
+    cache.write_text('#!/bin/sh\nexec "$@"\n')
+    cache.chmod(0o755)
+    root, tools = tree
+    assert build((root, dataclasses.replace(tools, cxx=(str(cache), *tools.cxx)))) == []
 
 
 def test_an_error_names_the_command_and_is_not_remembered(tree):
