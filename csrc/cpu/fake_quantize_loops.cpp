@@ -78,9 +78,9 @@ FASTFLAT_HD void by_form(const FakeQuantizeCall& call, const Body& body) {
   }
 }
 
-// Whether loops over a storage type X come in the chained form: 16 bits would round the product in the chain.
-template <class X>
-constexpr bool chains = sizeof(X) >= sizeof(float);
+// Whether loops over these storage types come in the chained form: those that other libraries' quantizers meet.
+template <class X, class Y>
+constexpr bool chains = std::is_same_v<X, float> && std::is_same_v<Y, float>;
 
 // The map skeleton: element(i, grid, group, ts, tz) for every storage offset in [begin, end).
 template <class C, class Grid, class Element>
@@ -122,9 +122,9 @@ void fake_quantize_forward(const FakeQuantizeCall& call, int64_t begin, int64_t 
   using C = compute_t<X>;
   const X* __restrict x = static_cast<const X*>(call.x);
   Y* __restrict y = static_cast<Y*>(call.out);
-  map_elements<C, chains<X>>(call, begin, end,
-                             [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C, C)
-                                 __attribute__((always_inline)) { y[i] = store<Y>(grid.forward(load(x[i]), g)); });
+  map_elements<C, chains<X, Y>>(call, begin, end,
+                                [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C, C)
+                                    __attribute__((always_inline)) { y[i] = store<Y>(grid.forward(load(x[i]), g)); });
 }
 
 template <class X, class Y>
@@ -133,7 +133,7 @@ void fake_quantize_backward(const FakeQuantizeCall& call, int64_t begin, int64_t
   const X* __restrict x = static_cast<const X*>(call.x);
   const Y* __restrict gy = static_cast<const Y*>(call.in);
   X* __restrict gx = static_cast<X*>(call.out);
-  map_elements<C, chains<X>>(
+  map_elements<C, chains<X, Y>>(
       call, begin, end, [=](int64_t i, const auto& grid, const QuantGroup<C>& g, C, C) __attribute__((always_inline)) {
         gx[i] = store<X>(grid.backward(load(gy[i]), load(x[i]), g).x);
       });
@@ -213,7 +213,7 @@ __attribute__((noinline)) void backward_run(const FakeQuantizeCall& call, int64_
   const X* x = static_cast<const X*>(call.x) + begin;
   const Y* gy = static_cast<const Y*>(call.in) + begin;
   X* gx = static_cast<X*>(call.out) + begin;
-  by_form<C, chains<X>>(call, [=](const auto grid) __attribute__((always_inline)) {
+  by_form<C, chains<X, Y>>(call, [=](const auto grid) __attribute__((always_inline)) {
     const QuantGroup<C> g = Parameters<C>(call).group(grid, channel);
     backward_lanes<with_zero>(x, gy, gx, n, grid, g, sums + 2 * channel);
   });
@@ -232,7 +232,7 @@ void fake_quantize_backward_range(const FakeQuantizeCall& call, int64_t begin, i
     for_runs(geometry, begin, end, [&](int64_t i, int64_t n, int64_t c) { run(call, i, n, c, sums); });
     return;
   }
-  by_form<C, chains<X>>(call, [&](const auto grid) __attribute__((always_inline)) {
+  by_form<C, chains<X, Y>>(call, [&](const auto grid) __attribute__((always_inline)) {
     // Columns: rows of all channels are added up elementwise, at most `flush / lanes` of them in the compute type.
     const int64_t row = geometry.channels * geometry.inner;
     SpreadParameters<C> s;
@@ -272,7 +272,7 @@ void fake_quantize_backward_channels(const FakeQuantizeCall& call, int64_t begin
   const Y* gy = static_cast<const Y*>(call.in);
   X* gx = static_cast<X*>(call.out);
   const int64_t per_block = block / inner;
-  by_form<C, chains<X>>(call, [&](const auto grid) __attribute__((always_inline)) {
+  by_form<C, chains<X, Y>>(call, [&](const auto grid) __attribute__((always_inline)) {
     SpreadParameters<C> s;
     alignas(64) C scale[block], outside[block];
     for (int64_t c = begin; c < end; c += per_block) {

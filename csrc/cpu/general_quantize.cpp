@@ -64,9 +64,9 @@ struct Call : GeneralQuantizeCall {
 };
 
 // The call as the loops of the fake_quantize family take it, which are the faster ones where they know the rules.
-std::optional<FakeQuantizeCall> chained(const Call& call) {
+std::optional<FakeQuantizeCall> chained(const Call& call, Pair pair) {
   const bool known = IntegerGrid<float>::is_chained(call.qmax, call.rules, call.zero_point != nullptr);
-  if (!known || call.narrow || call.delta != 0 || call.need_delta) return std::nullopt;
+  if (!known || pair != f32_f32 || call.delta != 0 || call.need_delta) return std::nullopt;
   FakeQuantizeCall simple{};
   simple.geometry = call.geometry;
   simple.qmin = call.qmin;
@@ -90,7 +90,7 @@ Tensor general_quantize(const Tensor& x, const Tensor& scale, const MaybeTensor&
   const Pair pair = pair_of(op, x.scalar_type(), result);
   Tensor y = empty_like(call.data, result, group > 0);
   call.out = y.mutable_data_ptr();
-  if (const auto simple = chained(call)) {
+  if (const auto simple = chained(call, pair)) {
     map(fake_quantize_loops().forward[pair], *simple);
   } else {
     map<GeneralQuantizeCall>(general_quantize_loops().forward[pair], call);
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> general_quantize_bwd(const Tensor& gy
   Tensor gs = empty_dense(scale, need_scale ? all : none, scale.scalar_type());
   Tensor gz = empty_dense(scale, need_zero ? all : none, scale.scalar_type());
   Tensor gd = empty_dense(scale, call.need_delta ? std::vector<int64_t>{} : none, scale.scalar_type());
-  const auto simple = chained(call);
+  const auto simple = chained(call, pair);
   if (simple && !need_scale) {
     map(fake_quantize_loops().backward[pair], *simple);
     return {gx, gs, gz, gd};
