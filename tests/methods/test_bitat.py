@@ -110,6 +110,24 @@ def test_the_output_keeps_its_mean():
     torch.testing.assert_close(model(x).mean(0), want)
 
 
+def test_sweeps_lower_the_output_error():
+    errors = []
+    for sweeps in (0, 2):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+        x = (torch.randn(16, 4, 9, 9) + torch.randn(16, 1, 9, 9)).relu()
+        want = model(x).detach()
+
+        def loss(out, _):
+            return out.square().mean()
+
+        binarize_layers(
+            model, [(x, x)], loss, rotate=False, weighted=False, match=False, activations=False, sweeps=sweeps
+        )
+        errors.append(float((model(x) - want).detach().square().mean()))
+    assert errors[1] < 0.97 * errors[0]
+
+
 def test_refused_and_as_before():
     model, batches = net()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -124,6 +142,10 @@ def test_refused_and_as_before():
         (lambda: binarize_layers(model, batches, F.cross_entropy, skip="0"), "skip must be a sequence of patterns"),
         (lambda: binarize_layers(model, batches, F.cross_entropy, blocks=0), "blocks must be a positive int, got 0"),
         (lambda: binarize_layers(model, batches, F.cross_entropy, skip=["*.", "*"]), "skip must match the name"),
+        (
+            lambda: binarize_layers(model, batches, F.cross_entropy, sweeps=1),
+            "sweeps must be an int of at least 0",
+        ),
         (lambda: binarize_layers(model, batches, F.cross_entropy, skip=["*"]), "that are not skipped, got none"),
         (
             lambda: binarize_layers(nn.Sequential(shared, shared), pair, F.cross_entropy),
