@@ -79,8 +79,8 @@ def test_a_check_can_fail(relation, got, passed):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="NAME must be that of a method, got 'sma'; did you mean sam"):
-        methods.get("sma")
+    with pytest.raises(ValueError, match="NAME must be that of a method, got 'samm'; did you mean sam"):
+        methods.get("samm")
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         methods.Nothing  # noqa: B018
 
