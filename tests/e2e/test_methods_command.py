@@ -89,7 +89,7 @@ def test_quick_runs_are_named_so(command, one, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["show", "sma"], "NAME must be that of a method, got 'sma'; did you mean sam?"),
+        (["show", "bitta"], "NAME must be that of a method, got 'bitta'; did you mean bitat?"),
         (["check", "sam", "--json", "{tmp}/no/a.json"], "must name a file in an existing folder"),
         (["report", "--out", "{tmp}"], "must hold runs, got none; fastflat methods run NAME makes them"),
         (["run", "sam", "--out", "{tmp}/file"], "--out must be a folder, got the file"),
