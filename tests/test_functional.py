@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -137,3 +139,38 @@ def test_values_are_checked_on_demand(scale):
     assert result.returncode == 1
     assert "fastflat::fake_quantize: scale must be finite and positive, got" in result.stderr.splitlines()[-1]
     assert run(_CALL.format(scale=scale), FASTFLAT_CHECK="0").returncode == 0
+
+
+@pytest.fixture
+def cuda_library_without_steps(monkeypatch):
+    """As where a CUDA library is loaded that has kernels of every op but one."""
+    module = importlib.import_module("fastflat.backends")
+    monkeypatch.setattr(module._ops, "has_kernel", lambda op, device: op != "inputs_pgd_step")
+    monkeypatch.setattr(module, "_choose", lambda device, forced: (device, "first choice"))
+    monkeypatch.setattr(module, "_announced", set())
+    monkeypatch.delenv("FASTFLAT_STRICT", raising=False)
+    return module
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["triton", "without_triton"])
+def test_an_op_without_a_kernel_goes_to_triton_or_says_so(cuda_library_without_steps, monkeypatch, installed):
+    backends = cuda_library_without_steps
+    monkeypatch.setattr(backends.triton, "unavailable", lambda device: None if installed else "not installed")
+    other = "triton" if installed else "reference"
+    assert backends.choose("inputs_pgd_step", "cuda") == (other, "the cuda library has no kernel of it")
+    assert backends.choose("fake_quantize", "cuda")[0] == "cuda"
+    kernels = backends._kernels.__wrapped__("cuda", None)
+    if installed:
+        assert "triton" in kernels.inputs_pgd_step.__module__
+        return
+    monkeypatch.setattr(backends.reference, "inputs_pgd_step", lambda *args: args)
+    with pytest.warns(ff.FallbackWarning, match="no kernel of inputs_pgd_step: it is computed by the slow reference"):
+        assert kernels.inputs_pgd_step(1, 2) == (1, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels.inputs_pgd_step(1, 2)  # announced once
+    monkeypatch.setenv("FASTFLAT_STRICT", "1")
+    with pytest.raises(RuntimeError, match="FASTFLAT_STRICT=1 forbids it"):
+        kernels.inputs_pgd_step(1, 2)
+    with pytest.raises(RuntimeError, match="no kernel of inputs_pgd_step; leave the choice"):
+        backends._kernels.__wrapped__("cuda", "cuda").inputs_pgd_step(1, 2)

@@ -48,7 +48,18 @@ FAMILIES = (
 
 OPS: dict[str, Op] = {op.name: op for family in FAMILIES for op in family.ROWS}
 
-__all__ = ["FAMILIES", "NAMESPACE", "OPS", "Op", "callable_of", "compute_dtype", "implement", "overload", "scale_shape"]
+__all__ = [
+    "FAMILIES",
+    "NAMESPACE",
+    "OPS",
+    "Op",
+    "callable_of",
+    "compute_dtype",
+    "has_kernel",
+    "implement",
+    "overload",
+    "scale_shape",
+]
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -61,6 +72,11 @@ def overload(name: str) -> torch._ops.OpOverload:
 def callable_of(name: str) -> Callable:
     """The same without the Python wrapper around the dispatcher, which costs a microsecond a call."""
     return overload(name)._op
+
+
+def has_kernel(name: str, device: str) -> bool:
+    """Whether a compiled library has registered a kernel of a raw op for tensors of `device`."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper())
 
 
 def implement(name: str, kernel: Callable, key: str) -> None:

@@ -96,8 +96,10 @@ def forced_backend() -> str | None:
 
 def choose(op: str, device: str) -> tuple[str, str]:
     """The backend that computes `op` on tensors of `device`, and the reason in words."""
-    _ops.OPS[op]  # an op that is not in the table is a KeyError; all that are share one choice
-    return _choose(device, _forced)
+    _ops.OPS[op]  # an op that is not in the table is a KeyError
+    name, reason = _choose(device, _forced)
+    other = None if _forced == _DISPATCHED else _instead(op, name)
+    return (name, reason) if other is None else (other, f"the {name} library has no kernel of it")
 
 
 def kernels(device: str) -> SimpleNamespace:
@@ -130,11 +132,40 @@ def _choose(device: str, forced: str | None) -> tuple[str, str]:
 @functools.cache
 def _kernels(device: str, forced: str | None) -> SimpleNamespace:
     name = forced if forced == _DISPATCHED else _choose(device, forced)[0]
+    return SimpleNamespace(backend=name, **{op: _callable(op, name, forced is not None) for op in _ops.OPS})
+
+
+def _instead(op: str, name: str) -> str | None:
+    """The backend that computes an op of which the library `name` has no kernel; None where it has one."""
+    if name not in ("cpu", "cuda") or _ops.has_kernel(op, name):
+        return None
+    return "triton" if name == "cuda" and triton.unavailable("cuda") is None else "reference"
+
+
+def _callable(op: str, name: str, forced: bool) -> Callable:
+    other = None if name == _DISPATCHED else _instead(op, name)
+    if other is not None and (forced or other == "reference"):
+        return functools.partial(_without, op, name, forced)
     modules = {"reference": reference, "triton": triton}
-    get: Callable = (
-        _ops.callable_of if name in ("cpu", "cuda", _DISPATCHED) else functools.partial(getattr, modules[name])
-    )
-    return SimpleNamespace(backend=name, **{op: get(op) for op in _ops.OPS})
+    return getattr(modules[other or name], op) if (other or name) in modules else _ops.callable_of(op)
+
+
+#: Ops whose fallback was announced.
+_announced: set[str] = set()
+
+
+def _without(op: str, name: str, forced: bool, *args):
+    """An op of which the library at hand has no kernel, by the reference, which is announced once."""
+    message = f"fastflat: the {name} library has no kernel of {op}"
+    if forced:
+        raise RuntimeError(f"{message}; leave the choice to fastflat or take the reference")
+    message += ": it is computed by the slow reference; pip install triton"
+    if os.environ.get("FASTFLAT_STRICT") == "1":
+        raise RuntimeError(f"{message}; FASTFLAT_STRICT=1 forbids it")
+    if op not in _announced:
+        _announced.add(op)
+        warnings.warn(message, FallbackWarning, stacklevel=2)
+    return getattr(reference, op)(*args)
 
 
 def _register_fallbacks() -> None:
