@@ -56,8 +56,16 @@ struct QuantGroup {
 // ::mask_none and ::rectified of the general_quantize family; is_chained() says when.
 enum class GridForm { full, plain, chained };
 
+// What the chained form alone holds: whether the gradient that passes is (gy s) / s, and whether x is max(x, 0).
+template <class C, GridForm form>
+struct Chain {};
+template <class C>
+struct Chain<C, GridForm::chained> {
+  typename MaskOf<C>::type chain, rectified;
+};
+
 template <class C, GridForm form = GridForm::full>
-struct IntegerGrid {
+struct IntegerGrid : Chain<C, form> {
   static constexpr bool plain = form != GridForm::full, chained = form == GridForm::chained;
   using Mask = typename MaskOf<C>::type;
 
@@ -71,8 +79,6 @@ struct IntegerGrid {
   C from, to, after_from, after_to;
   bool reciprocal, zero_inside, zero_float;
   Mask pass_all;  // set: every gradient passes
-  Mask chain;     // set: the gradient that passes is (gy s) / s. Of the chained form, as the next
-  Mask rectified;
 
   FASTFLAT_HD static bool is_plain(int64_t qmax, int64_t rules, bool has_zero_point) {
     return rules == 0 && qmax > 0 && !has_zero_point;
@@ -97,8 +103,10 @@ struct IntegerGrid {
     grid.zero_inside = rules & rules::zero_inside;
     grid.zero_float = rules & rules::zero_float;
     grid.pass_all = (rules & rules::mask_none) ? ~Mask(0) : Mask(0);
-    grid.chain = (rules & rules::through_chain) ? ~Mask(0) : Mask(0);
-    grid.rectified = (rules & rules::rectified) ? ~Mask(0) : Mask(0);
+    if constexpr (chained) {
+      grid.chain = (rules & rules::through_chain) ? ~Mask(0) : Mask(0);
+      grid.rectified = (rules & rules::rectified) ? ~Mask(0) : Mask(0);
+    }
     grid.limit(grid.qmin, grid.qmax, rules);
     return grid;
   }
@@ -147,13 +155,13 @@ struct IntegerGrid {
   FASTFLAT_HD Code code(C x, const QuantGroup<C>& g) const {
     Code c;
     if constexpr (plain) {
-      if constexpr (chained) x = keep<C>(~(rectified & (Mask(0) - Mask(x <= C(0)))), x);
+      if constexpr (chained) x = keep<C>(~(this->rectified & (Mask(0) - Mask(x <= C(0)))), x);
       c.u = x / g.s;
       const C r = round_even(c.u);
       const C lifted = r < qmin ? qmin : r;
       c.d = (lifted > qmax ? qmax : lifted) + zero_fix;
       c.in = Mask(0) - Mask((c.u >= qmin) & (c.u <= qmax));
-      if constexpr (chained) c.in = (c.in | pass_all) & ~(rectified & (Mask(0) - Mask(x == C(0))));
+      if constexpr (chained) c.in = (c.in | pass_all) & ~(this->rectified & (Mask(0) - Mask(x == C(0))));
       return c;
     }
     c.u = reciprocal ? x * g.inv : x / g.s;
@@ -186,10 +194,13 @@ struct IntegerGrid {
 
   // The gradient that passes, before the mask.
   FASTFLAT_HD C returned(C gy, const QuantGroup<C>& g) const {
-    if constexpr (!chained) return gy;
-    // A chain of one is none.
-    const C s = bit_cast<C>((bit_cast<Mask>(g.s) & chain) | (bit_cast<Mask>(C(1)) & ~chain));
-    return (gy * s) / s;
+    if constexpr (chained) {
+      // A chain of one is none.
+      const C s = bit_cast<C>((bit_cast<Mask>(g.s) & this->chain) | (bit_cast<Mask>(C(1)) & ~this->chain));
+      return (gy * s) / s;
+    } else {
+      return gy;
+    }
   }
 
   // Group sums of Gradient::scale and ::outside to the gradients of scale and zero-point.

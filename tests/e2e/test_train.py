@@ -267,9 +267,9 @@ def test_method_sets_its_recipe_and_the_user_wins(train, tmp_path):
     assert status == 0, err
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert (config["method"], config["optimizer"], config["rho"]) == ("sam", "sam", 0.1)
-    status, _, err = train("--method", "sma", "--out", tmp_path / "no")
+    status, _, err = train("--method", "bitta", "--out", tmp_path / "no")
     assert status == 2
-    assert "did you mean sam" in err
+    assert "did you mean bitat" in err
     assert not (tmp_path / "no").exists()
 
 
