@@ -9,7 +9,7 @@ from collections.abc import Mapping
 # One entry per generation: code for x.0 runs on every x.y, and the kernels use nothing that a minor version adds.
 # The newest also as PTX, which the driver compiles for GPUs that did not exist at build time.
 _DEFAULTS = (
-    ((13, 0), "7.5 8.0 9.0 10.0 12.0+PTX"),  # 13.0 dropped everything before 7.5
+    ((13, 0), "7.5 8.0 9.0 10.0 11.0 12.0+PTX"),  # 13.0 dropped everything before 7.5, and renamed 10.1 to 11.0
     ((12, 8), "7.0 7.5 8.0 9.0 10.0 12.0+PTX"),  # 12.8 knows Blackwell
     ((12, 0), "7.0 7.5 8.0 9.0+PTX"),
 )

@@ -31,7 +31,7 @@ _ERROR = re.compile(r"\b(fatal error|error|fatal) *: (?!nvcc|g\+\+|ccache)")
 
 
 def environment(cuda: str | None, env: Mapping[str, str], nvcc: str | None) -> dict[str, str]:
-    """The variables of the build: what is asked for must be built, all architectures, through ccache where it is."""
+    """The variables of the build: what is asked for must be built, through ccache where it is."""
     chosen = {**env, "FASTFLAT_BUILD": "1", "FASTFLAT_CUDA": "1" if cuda else "0"}
     cache = "ccache " if shutil.which("ccache", path=env.get("PATH")) else ""
     if cache and not env.get("CXX"):
@@ -39,8 +39,6 @@ def environment(cuda: str | None, env: Mapping[str, str], nvcc: str | None) -> d
     if cuda:
         chosen["FASTFLAT_LOCAL_VERSION"] = "cu" + cuda.replace(".", "")
         chosen["PYTORCH_NVCC"] = f"{cache}{nvcc}"
-        if not (env.get("FASTFLAT_ARCHS") or env.get("TORCH_CUDA_ARCH_LIST")):
-            chosen["FASTFLAT_ARCHS"] = "all"
     return chosen
 
 

@@ -55,6 +55,7 @@ struct Value : Mixed<C> {
   template <class X, class Y>
   __device__ __forceinline__ void operator()(int64_t channel, X x, Y& y) const {
     C sum = -C(0);
+#pragma unroll 1
     for (int j = 0; j < this->count; ++j) {
       this->one(j, channel, load(x), [&](int, const auto& term, C w) { sum += weighted(term.value, w); });
     }
@@ -74,6 +75,7 @@ struct Tangent : Mixed<C> {
   template <class T, class X, class Y>
   __device__ __forceinline__ void operator()(int64_t channel, T tx, X x, Y& y) const {
     C pass = 0, rest = -C(0);
+#pragma unroll 1
     for (int candidate = 0; candidate < this->count; ++candidate) {
       this->one(candidate, channel, load(x), [&](int j, const auto& term, C w) {
         const C of_scale = ts ? load_parameter(ts, j * this->channels + channel) : C(0);
@@ -113,6 +115,9 @@ struct ScaleGradients : Mixed<C> {
   }
 };
 
+// Candidates of the backward that are written out one after another: more are a longer program, not a faster one.
+inline constexpr int kAtOnce = 4;
+
 // Sum j belongs to the scale of candidate j, sum most + j to its weight, which all scales share.
 template <class C, int most>
 struct Gradient : ScaleGradients<C, most> {
@@ -130,14 +135,22 @@ struct Gradient : ScaleGradients<C, most> {
   __device__ __forceinline__ void operator()(int64_t channel, Sums<C, sums>& sum, Y gy_, X x, X& gx) const {
     const C gy = load(gy_);
     C pass = 0;
+#pragma unroll 1
+    for (int first = 0; first < most; first += kAtOnce) {
 #pragma unroll
-    for (int j = 0; j < most; ++j) {
-      if (j >= this->count) break;
-      this->one(j, channel, load(x), [&](int, const auto& term, C) {
-        pass += term.pass;
-        sum.v[j] += gy * term.by_scale;
-        sum.v[most + j] += gy * term.value;
-      });
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (first + k >= this->count) break;
+        this->one(first + k, channel, load(x), [&](int, const auto& term, C) {
+          pass += term.pass;
+          // Registers have no index: every place asks whether it is meant.
+#pragma unroll
+          for (int j = k; j < most; j += kAtOnce) {
+            if (j != first + k) continue;
+            sum.v[j] += gy * term.by_scale;
+            sum.v[most + j] += gy * term.value;
+          }
+        });
+      }
     }
     gx = store<X>(passed(gy, pass));
   }
@@ -155,7 +168,7 @@ struct Gradient : ScaleGradients<C, most> {
 // Calls f(number) with the least compiled number of candidates that holds `count`, as a constant.
 template <class F>
 auto with_most(int count, const F& f) {
-  if (count <= 4) return f(std::integral_constant<int, 4>{});
+  if (count <= kAtOnce) return f(std::integral_constant<int, kAtOnce>{});
   return f(std::integral_constant<int, most_candidates>{});
 }
 

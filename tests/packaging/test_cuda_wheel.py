@@ -101,11 +101,12 @@ def test_a_failed_build_is_one_line_and_leaves_dist_alone(monkeypatch, tmp_path,
     )
 
 
-def test_the_build_takes_all_architectures_and_the_cache(monkeypatch):
+def test_the_build_takes_one_architecture_a_generation_and_the_cache(monkeypatch):
     monkeypatch.setattr(wheel.shutil, "which", lambda name, path=None: name)
     chosen = wheel.environment("13.0", {"PATH": "x"}, "/t/nvcc")
     assert chosen["FASTFLAT_LOCAL_VERSION"] == "cu130"
-    assert (chosen["FASTFLAT_ARCHS"], chosen["PYTORCH_NVCC"], chosen["CXX"]) == ("all", "ccache /t/nvcc", "ccache g++")
+    assert (chosen["PYTORCH_NVCC"], chosen["CXX"]) == ("ccache /t/nvcc", "ccache g++")
+    assert arches.choose(chosen, "13.0", KNOWN) == ("7.5", "8.0", "9.0", "10.0", "11.0", "12.0+PTX")
     assert wheel.environment("13.0", {"FASTFLAT_ARCHS": "9.0"}, "/t/nvcc")["FASTFLAT_ARCHS"] == "9.0"
     assert wheel.environment(None, {}, None)["FASTFLAT_CUDA"] == "0"
 
