@@ -207,11 +207,15 @@ def _penalised(loss: Callable[[Tensor], Tensor], at: Tensor, strength: float) ->
     return u
 
 
+_ARMS = ("sgd", "sgd_steps", "sam", "gnp", "gnp_normed", "gnp_zero")
+
+
 def _train(name: str, seed: int, settings: Settings) -> dict[str, float]:
     parts = lab.images(settings.images, settings.test_images)
     common = {"lr": settings.choice["lr"], "momentum": 0.9, "weight_decay": 5e-4}
     make: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
         "sgd": lambda m: SGD(m.parameters(), **common),
+        "sgd_steps": lambda m: SGD(m.parameters(), **common),
         "sam": lambda m: SAM(m, rho=0.1, **common),
         "gnp": lambda m: GNP(m, rho=0.1, alpha=0.8, **common),
         "gnp_normed": lambda m: GNP(m, rho=0.1, alpha=0.8, normed=True, **common),
@@ -244,23 +248,28 @@ METHOD = Method(
     year=2022,
     arxiv="2202.03599",
     claim=(
-        "Penalising the norm of the gradient generalises better than SGD, and than SAM, its case alpha = 1; tested at"
-        " equal passes, in the published form, in that of the released code and with a warm-up."
+        "Penalising the norm of the gradient generalises better than SGD, and than SAM, its case alpha = 1, and ends"
+        " where the norm is smaller; accuracies at equal passes, in the published form, in that of the released code and"
+        " with a warm-up, norms at equal steps."
     ),
     kernels=("sharpness", "descent"),
     check=_check,
     recipe={"optimizer": "gnp", "rho": 0.1},
     experiment=Experiment(
-        summary="Fashion-MNIST, a convolutional network of four layers; SGD, SAM and GNP in three forms, equal passes.",
-        arms=(_arm("sgd", 1), _arm("sam", 2), _arm("gnp", 2), _arm("gnp_normed", 2), _arm("gnp_zero", 2)),
+        summary=(
+            "Fashion-MNIST, a convolutional network of four layers; SGD, SAM and GNP in three forms with equal passes."
+            " sgd_steps makes as many steps as GNP: where all examples are fitted the gradient of cross-entropy"
+            " vanishes, whatever the method."
+        ),
+        arms=tuple(_arm(name, 1 if name == "sgd" else 2) for name in _ARMS),
         claims=(
             Claim("test_accuracy", "gnp", "sgd"),
             Claim("test_accuracy", "gnp", "sam"),
-            Claim("gradient_norm", "gnp", "sgd", "lower"),
+            Claim("gradient_norm", "gnp", "sgd_steps", "lower"),
             Claim("gradient_norm", "gnp", "gnp_normed", "lower"),
-            Claim("top_eigenvalue", "gnp", "sgd", "lower"),
+            Claim("top_eigenvalue", "gnp", "sgd_steps", "lower"),
         ),
-        full=Settings(passes=1800, seeds=3, images=6000, test_images=2000),
+        full=Settings(passes=1500, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=40, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
         figure=Figure("bars", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
