@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from fastflat import _checks
+from fastflat import _checks, functional
 from fastflat.evaluate.ptq import post_training_accuracy
 from fastflat.methods import lab
 from fastflat.methods._contract import Arm, Check, Claim, Experiment, Figure, Method, Settings
@@ -95,17 +95,8 @@ def symmetry(w: Tensor, kind: str = "order", *, axis: int = 0, skew: float = 0.0
     if kind == "order":
         ordered = rows.sort(1).values
         return (ordered + ordered.flip(1)).square().mean(1).sum()
-    return _moments(rows, skew)
-
-
-def _moments(rows: Tensor, skew: float) -> Tensor:
-    mean = rows.mean(1)
-    off = rows - mean[:, None]
-    variance = off.square().mean(1)
-    # A row of equal weights has no skewness.
-    flat = variance <= torch.finfo(rows.dtype).tiny ** 0.5
-    skewness = off.pow(3).mean(1) / torch.where(flat, torch.ones_like(variance), variance).pow(1.5)
-    return mean.square().sum() + skew * torch.where(flat, torch.zeros_like(skewness), skewness).square().sum()
+    found = functional.weight_reduce(rows)
+    return found.mean.square().sum() + skew * found.skew.square().sum()
 
 
 def _layers(op: str, model: nn.Module) -> list[nn.Module]:
@@ -167,9 +158,14 @@ class SatNL(nn.Module):
             self.alpha = nn.Parameter(alpha.clone())
         else:
             self.register_buffer("alpha", alpha.clone())
+        #: The kernel takes a single alpha that bounds.
+        self._fused = alpha.dim() == 0 and math.isfinite(alpha)
 
     def forward(self, w: Tensor) -> Tensor:
         """The saturated weight."""
+        if self._fused:
+            wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+            return functional.saturate(w, self.alpha.to(wide))
         return _saturate(w, self.alpha)
 
     @torch.no_grad()
@@ -336,7 +332,7 @@ METHOD = Method(
         "Weights that are symmetric by channel and bounded in range bear rounding to many bit-widths after training;"
         " tested by rounding one training's weights to 8, 6, 4, 3 and 2 bits."
     ),
-    kernels=("fake_quantize",),
+    kernels=("fake_quantize", "weight_norms"),
     check=_check,
     hook=_Hook,
     experiment=Experiment(
