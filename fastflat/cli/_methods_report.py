@@ -71,6 +71,7 @@ class Entry:
             "title": m.title,
             "arxiv": m.arxiv,
             "claim": m.claim,
+            "tried": m.experiment.tried,
             "kernels": list(m.kernels),
             "quick": self.quick,
             "verdict": self.verdict if self.records else None,

@@ -94,36 +94,45 @@ def check(names: tuple[str, ...], json_file: Path | None, threads: int | None) -
 
 
 @methods.command()
-@click.argument("name")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--quick", is_flag=True, help="Small: shows that it works in two minutes, proves nothing.")
 @click.option("--seeds", type=click.IntRange(1), help="Runs of each arm; fewer than three give no verdict.")
 @_FOLDER
 @_THREADS
-def run(name: str, quick: bool, seeds: int | None, out: Path, threads: int | None) -> None:
-    """Train all arms of a method's experiment with all seeds; what was finished before is not trained again."""
+def run(names: tuple[str, ...], quick: bool, seeds: int | None, out: Path, threads: int | None) -> None:
+    """Train all arms of the experiments with all seeds, of all methods without names; what was finished before is not
+    trained again."""
     from tqdm import tqdm
 
-    m = registry.get(name)
+    chosen = [registry.get(name) for name in names] or list(registry.methods())
     if out.exists() and not out.is_dir():
         raise ValueError(f"methods: --out must be a folder, got the file {out}")
     _prepare(threads)
+    settings = [_settings(m, quick, seeds) for m in chosen]
+    total = sum(study.size(m.experiment, s) for m, s in zip(chosen, settings, strict=True))
+    with tqdm(total=total, unit="run", leave=False, disable=None) as bar:
+        for m, s in zip(chosen, settings, strict=True):
+            _run(m, s, study.file(out, m.name, quick), bar)
+
+
+def _settings(m: Method, quick: bool, seeds: int | None) -> Settings:
     settings = m.experiment.quick if quick else m.experiment.full
-    if seeds is not None:
-        settings = dataclasses.replace(settings, seeds=seeds)
-    path = study.file(out, name, quick)
-    with tqdm(total=study.size(m.experiment, settings), unit="run", leave=False, disable=None) as bar:
-        records = []
-        for record in study.run(m, settings, path, bar.set_description):
-            records.append(record)
-            bar.update()
-            bar.clear()
-            if record.kind == "run":
-                shown = ", ".join(f"{k} {v:.4g}" for k, v in record.metrics.items() if k in _tested(m))
-                click.echo(f"{record.arm}, seed {record.seed}: {shown}")
+    return settings if seeds is None else dataclasses.replace(settings, seeds=seeds)
+
+
+def _run(m: Method, settings: Settings, path: Path, bar: Any) -> None:
+    records = []
+    for record in study.run(m, settings, path, bar.set_description):
+        records.append(record)
+        bar.update()
+        bar.clear()
+        if record.kind == "run":
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in record.metrics.items() if k in _tested(m))
+            click.echo(f"{record.arm}, seed {record.seed}: {shown}")
     for text in _methods_report.sentences(verdict.findings(records, m.experiment)):
         click.echo(text)
     answer = verdict.verdict(verdict.findings(records, m.experiment))
-    click.echo(f"{name}: {_methods_report.ANSWERS[answer]}; runs in {path}")
+    click.echo(f"{m.name}: {_methods_report.ANSWERS[answer]}; runs in {path}")
 
 
 @methods.command()

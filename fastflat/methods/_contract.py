@@ -142,6 +142,7 @@ class Experiment:
         grid: values by name, such as ``{"lr": (0.1, 0.03, 0.3)}``: each arm alike takes the point of the highest
             ``tuned_on``; a single dictionary for all arms, so that baselines are tuned as the method is.
         tuned_on: the metric, on validation examples, that chooses.
+        tried: what else was tried where a claim does not show, and what stands against it; the report prints it.
     """
 
     summary: str
@@ -152,6 +153,7 @@ class Experiment:
     figure: Figure
     grid: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     tuned_on: str = "validation_accuracy"
+    tried: str = ""
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]

@@ -249,8 +249,8 @@ METHOD = Method(
     arxiv="2202.03599",
     claim=(
         "Penalising the norm of the gradient generalises better than SGD, and than SAM, its case alpha = 1, and ends"
-        " where the norm is smaller; accuracies at equal passes, in the published form, in that of the released code and"
-        " with a warm-up, norms at equal steps."
+        " where the norm is smaller; accuracies at equal passes, in the published form, in that of the released code"
+        " and with a warm-up, norms at equal steps."
     ),
     kernels=("sharpness", "descent"),
     check=_check,

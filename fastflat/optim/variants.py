@@ -40,6 +40,16 @@ class _Mixed(SAM):
             firsts.append(torch.zeros_like(g) if first is None else _tensors.local(first))
         return firsts
 
+    def _refuse_unscaled(self) -> None:
+        """``GradScaler.unscale_`` reaches the last gradients only: a sum with earlier ones would mix two units."""
+        scale, found = self._scaling()
+        if found is not None and scale is None:
+            self.restore()
+            raise RuntimeError(
+                f"{self._name}.step: gradients must come scaled, as those of the first pass are, got them after"
+                " scaler.unscale_; leave that to scaler.step"
+            )
+
     def _products(self, plan: Plan, grads: list[Tensor], firsts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """``g2.g2, g2.g1, g1.g1`` over all parameters, fp64 on their device."""
         kernels = backends.kernels(self._device().type)
@@ -56,7 +66,7 @@ class GSAM(_Mixed):
     Args:
         alpha: weight of the orthogonal part, at least 0; 0 is SAM. Published: 0.4 (ResNets), 0.05 to 0.6 (ViT).
 
-    Others as :class:`SAM`. Source: Zhuang et al. 2022 (arXiv 2203.08065), equation 10.
+    Others as :class:`SAM`, but not after ``scaler.unscale_``. Source: Zhuang et al. 2022 (arXiv 2203.08065), equation 10.
     """
 
     def __init__(self, params, base="sgd", rho: float = 0.05, alpha: float = 0.4, **options: Any):
@@ -66,6 +76,7 @@ class GSAM(_Mixed):
         super().__init__(params, base, rho, **options)
 
     def _mixture(self, plan, grads):
+        self._refuse_unscaled()
         firsts = self._first_gradients(plan, grads)
         gg, gf, _ = self._products(plan, grads, firsts)
         along = torch.where(gg > 0, gf / gg, torch.zeros_like(gg))
@@ -84,7 +95,7 @@ class GNP(_Mixed):
         alpha: share of the second gradient, in [0, 1]; 1 is SAM, 0 the base. Published: 0.8.
         normed: which of the two. The second never vanishes: at a constant rate it stalls further from a minimum.
 
-    Others as :class:`SAM`. Source: Zhao et al. 2022 (arXiv 2202.03599), equations 8 to 12.
+    Others as :class:`SAM`, but without ``normed`` not after ``scaler.unscale_``. Source: Zhao et al. 2022 (arXiv 2202.03599), equations 8 to 12.
     """
 
     def __init__(self, params, base="sgd", rho: float = 0.1, alpha: float = 0.8, normed: bool = False, **options: Any):
@@ -105,6 +116,8 @@ class GNP(_Mixed):
             scale, _ = self._scaling()
             if scale is not None:  # g1/|g1| has no scale to take away
                 c1 = c1 * scale.to(c1.device, c1.dtype)
+        else:
+            self._refuse_unscaled()
         return (c1, self.alpha), firsts
 
 
@@ -121,7 +134,7 @@ class HERO(_Mixed):
         strength: the paper's lambda. Published: 5.
         fd_radius: length of the third step.
 
-    Others as :class:`SAM`. Source: Yang et al. 2022 (arXiv 2111.11986). With ``strength=0`` it is adaptive SAM.
+    Others as :class:`SAM`, but not after ``scaler.unscale_``. Source: Yang et al. 2022 (arXiv 2111.11986). With ``strength=0`` it is adaptive SAM.
     """
 
     def __init__(
@@ -156,6 +169,10 @@ class HERO(_Mixed):
         seconds = {p: p.grad.clone() for p, _ in self._of_groups() if p.grad is not None}
         perturbed = set(self._ascent.params) if self._ascent is not None else ()
         chosen = [p for p in seconds if p.dim() > 1 and p in self._firsts and p in perturbed]
+        if not chosen and not any(group["rho"] for group in self.param_groups):
+            self._firsts, self._k = seconds, torch.zeros((), dtype=torch.float64, device=self._device())
+            self._end_pass(zero_grad)
+            return
         if not chosen:
             raise RuntimeError(f"{self._name}.middle_step: no perturbed tensor of two axes or more has both gradients")
         own = [_tensors.local(seconds[p]) for p in chosen]
@@ -163,7 +180,6 @@ class HERO(_Mixed):
         torch._foreach_mul_(change, [2.0 * self.strength / p.numel() for p in chosen])
         kernels = backends.kernels(self._device().type)
         radius = torch.full((len(chosen),), self.fd_radius, dtype=torch.float64, device=self._device())
-        scaled, _ = self._scaling()
         with torch._C._AutoDispatchBelowAutograd():
             sums = kernels.sharpness_sums(change, [], [SUM_GRADIENT], 0.0)
             if any(map(_tensors.is_dtensor, chosen)):
@@ -172,12 +188,20 @@ class HERO(_Mixed):
             ws = [_tensors.local(p) for p in chosen]
             kernels.sharpness_ascent_(ws, change, [], None, [], scale, [METRICS["l2"]], 0.0, None)
         torch.autograd.graph.increment_version(chosen)
-        # |r| of the unscaled gradients over the radius: what the difference is multiplied with.
+        self._note_overflow(scale[-1], [_tensors.local(seconds[p]) for p in seconds if p not in set(chosen)])
+        # |r| over the radius: what the difference is multiplied with, once a loss scale is taken from it.
         self._k = scale[-2] / self.fd_radius
-        if scaled is not None:
-            self._k = self._k / scaled.to(self._k.device, self._k.dtype)
         self._firsts = seconds
         self._end_pass(zero_grad)
+
+    def _note_overflow(self, flag: Tensor, others: list[Tensor]) -> None:
+        """An infinity in the second pass ends the step under GradScaler, as one in the first does."""
+        if self._flag is None:
+            return
+        if others:
+            norms = torch.stack([n.to(flag.dtype) for n in torch._foreach_norm(others)])
+            flag = torch.maximum(flag, (~norms.isfinite().all()).to(flag.dtype))
+        self._flag = torch.maximum(self._flag, flag)
 
     def second_step(self, zero_grad: bool = False) -> None:
         if self.strength and self._between and self._k is None:
@@ -187,7 +211,10 @@ class HERO(_Mixed):
     def _mixture(self, plan, grads):
         if not self.strength:
             return None, None
-        return (1.0 - self._k, self._k), self._first_gradients(plan, grads)
+        self._refuse_unscaled()
+        scale, _ = self._scaling()
+        k = self._k if scale is None else self._k / scale.to(self._k.device, self._k.dtype)
+        return (1.0 - k, k), self._first_gradients(plan, grads)
 
     def _between_passes(self, closure: Callable[[], Tensor]) -> None:
         if not self.strength:
@@ -253,7 +280,7 @@ class SAQ(SAM):
         def after(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
             if w in self._added:
                 return output + self._added[w].to(output.dtype)
-            if module.training and torch.is_grad_enabled() and output.requires_grad:
+            if torch.is_grad_enabled() and output.requires_grad:
                 output.retain_grad()
                 self._outputs[w] = output
             return None

@@ -36,7 +36,8 @@ def convnet(activation=nn.ReLU):
 
 
 def setting(model=None, quantized=False, train=False, n=10):
-    """What ``model()`` builds, in float64 with statistics that are not those of initialisation, and data in ragged batches."""
+    """What ``model()`` builds, in float64, with statistics that are not those of initialisation, and data in ragged
+    batches."""
     torch.manual_seed(0)
     model = (convnet if model is None else model)().double()
     x = torch.randn(n, 6) if isinstance(model, Twice) else torch.randn(n, 1, 8, 8)

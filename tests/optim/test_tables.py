@@ -66,7 +66,7 @@ def trained(make, dtype, tables, allowed, without=()):
             opt.first_step(zero_grad=True)
             give(params, 2 * step + 1, without if step == 2 else ())
         if step == 3:
-            opt.found_inf = torch.tensor(1.0)
+            opt.grad_scale, opt.found_inf = torch.tensor(1.0), torch.tensor(1.0)
         opt.step()
         opt.zero_grad()
     states = [v for s in opt.state_dict()["state"].values() for v in s.values()]
