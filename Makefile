@@ -12,10 +12,9 @@ WORKERS ?= auto
 VENV ?= .venv
 ARGS ?=
 
-# `make matrix`: the second Python and the second torch under which the same libraries must pass.
-PYTHON2 ?= python3.12
-TORCH2 ?= torch==2.14.1
-VENV2 ?= .venv-matrix
+# `make matrix`: the Pythons and the versions of torch under which one wheel must pass.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+TORCHES ?= 2.10.0 2.15.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -32,7 +31,7 @@ help:
 	@echo "make bench   the benchmarks on this machine, with a page in build/bench.html; ARGS=--quick takes minutes"
 	@echo "make docs    the documentation as pages in build/docs"
 	@echo "make wheel   a wheel in dist/                         CUDA=13.0 adds the CUDA library, FASTFLAT_ARCHS narrows it"
-	@echo "make matrix  the same libraries under a second Python and torch"
+	@echo "make matrix  one wheel under other Pythons and torch   PYTHONS=python3.12 TORCHES=2.14.1 RECORD=file"
 	@echo "make audit   compiled kernels against their budget; needs nvcc or triton, no GPU"
 	@echo "make gpu     tests, compute-sanitizer and benchmark on an NVIDIA GPU"
 
@@ -111,18 +110,13 @@ CUDA ?=
 wheel: $(VENV)/.wheel-tools
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python build_tools/wheel.py $(CUDA)
 
-# The wheel built here, installed beside another Python and another torch: no file is compiled a second time. The tests
-# run on a copy, so that the source tree is out of sight.
+# The newest wheel in dist, or one made now, under other Pythons and other torch: no file is compiled a second time.
 MATRIX_TESTS ?= tests/ops tests/packaging/test_load.py tests/packaging/test_symbols.py
-PIP2 := $(VENV2)/bin/python -m pip --disable-pip-version-check --quiet
-matrix: wheel
-	@command -v $(PYTHON2) >/dev/null || { echo "fastflat: PYTHON2 must be an installed Python, got $(PYTHON2)"; exit 2; }
-	test -x $(VENV2)/bin/python || $(PYTHON2) -m venv $(VENV2)
-	$(PIP2) install $(TORCH2) numpy scipy hypothesis pytest
-	$(PIP2) install --force-reinstall --no-deps $$(ls -t dist/*.whl | head -1)
-	$(BIN)/python build_tools/same_libraries.py $$(ls -t dist/*.whl | head -1) $(VENV2)/bin/python
-	rm -rf build/matrix && mkdir -p build/matrix && cp -r pyproject.toml tests build/matrix
-	cd build/matrix && $(abspath $(VENV2))/bin/pytest -m "not triton" $(MATRIX_TESTS) $(ARGS)
+RECORD ?=
+matrix: $(VENV)/.installed
+	@ls dist/*.whl >/dev/null 2>&1 || $(MAKE) --no-print-directory wheel
+	@$(BIN)/python build_tools/matrix.py "$$(ls -t dist/*.whl | head -1)" --pythons "$(PYTHONS)" \
+	  --torches "$(TORCHES)" --tests "$(MATRIX_TESTS)" $(if $(RECORD),--record $(RECORD))
 
 # On a machine with an NVIDIA GPU; leaves the record under benchmarks/results for committing.
 gpu: build
@@ -135,4 +129,4 @@ gpu: build
 	$(BIN)/fastflat bench run --device cuda --json benchmarks/results/run-gpu.json --html build/run-gpu.html
 
 clean:
-	rm -rf build dist *.egg-info fastflat/libfastflat_*.so fastflat/_build_info.json $(VENV2)
+	rm -rf build dist *.egg-info fastflat/libfastflat_*.so fastflat/_build_info.json

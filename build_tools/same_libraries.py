@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from typing import Any
 
 _REPORT = """
 import hashlib, json, pathlib, sys, torch
@@ -23,13 +24,17 @@ print(json.dumps({
 """
 
 
-def main(wheel: str, python: str) -> int:
+def report(python: str) -> dict[str, Any]:
+    """What a Python's fastflat says of itself: versions, and for each library its digest, whether it loaded, and why."""
     # -I keeps the working directory, and with it the source tree, off the import path
     done = subprocess.run([python, "-I", "-c", _REPORT], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        print(f"fastflat does not import under {python}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-        return 1
-    there = json.loads(done.stdout)
+        raise OSError(f"fastflat does not import under {python}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout)
+
+
+def compare(wheel: str, there: dict[str, Any]) -> bool:
+    """Prints each library of the wheel beside the installed one; whether all are the same, and the CPU's loads."""
     with zipfile.ZipFile(wheel) as archive:
         built = json.loads(archive.read("fastflat/_build_info.json"))
         here = {
@@ -40,13 +45,20 @@ def main(wheel: str, python: str) -> int:
     print(
         f"built with torch {built['torch']['version']}; running under Python {there['python']}, torch {there['torch']}"
     )
-    status = 0
+    right = True
     for name, digest in here.items():
         same, loaded, reason = there["libraries"][name][0] == digest, *there["libraries"][name][1:]
         print(f"{name}: sha256 {digest[:16]}, {'the same file' if same else 'ANOTHER FILE'}, {reason}")
-        if not same or (name == "cpu" and not loaded):
-            status = 1
-    return status
+        right &= same and (name != "cpu" or loaded)
+    return right
+
+
+def main(wheel: str, python: str) -> int:
+    try:
+        return 0 if compare(wheel, report(python)) else 1
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make matrix``: one wheel under several Pythons and several torch, its op tests green in each.
+
+Usage: matrix.py WHEEL --pythons NAMES --torches VERSIONS --tests PATHS [--record FILE]. Each pair gets an environment of
+its own, which goes when it is done. The record keeps what finished: a second run goes on from there, unless the wheel
+has changed. Exits with 1 where a pair is not green.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from build_tools import same_libraries  # noqa: E402
+
+#: What the op tests import beside torch.
+NEEDS = ("numpy", "scipy", "hypothesis", "pytest", "pytest-xdist")
+_COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
+
+
+class MatrixError(Exception):
+    """What stands in the way, in one line."""
+
+
+def sha256(path: Path) -> str:
+    """Of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def counts(output: str) -> dict[str, int]:
+    """How many tests passed, failed (errors included) and were skipped, from pytest's last line that tells."""
+    found = {"passed": 0, "failed": 0, "skipped": 0}
+    told = [line for line in output.splitlines() if _COUNTS.search(line)]
+    for number, what in _COUNTS.findall(told[-1]) if told else ():
+        found["failed" if what.startswith("error") else what] += int(number)
+    return found
+
+
+def read(path: Path, wheel: Path) -> dict[str, Any]:
+    """The record, empty where there is none or another wheel's."""
+    fresh = {"wheel": wheel.name, "sha256": sha256(wheel), "pairs": []}
+    if not path.is_file():
+        return fresh
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return kept if kept.get("sha256") == fresh["sha256"] else fresh
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Aside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".new")
+    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def interpreter(name: str) -> str:
+    """The path of a Python by its name or path."""
+    found = shutil.which(name)
+    if found is None:
+        raise MatrixError(f"PYTHONS must name installed Pythons, got {name!r}")
+    return found
+
+
+def pair(wheel: Path, python: str, torch: str, tests: Sequence[str], folder: Path, workers: int) -> dict[str, Any]:
+    """One environment: made, tested, told, removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    start = time.monotonic()
+    try:
+        _call([python, "-m", "venv", str(folder / "env")])
+        inside = str(folder / "env" / "bin" / "python")
+        install = [inside, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--no-cache-dir"]
+        _call([*install, f"torch=={torch}", *NEEDS])
+        _call([*install, "--no-deps", str(wheel)])
+        there = same_libraries.report(inside)
+        same = same_libraries.compare(str(wheel), there)
+        # A copy, so that the source tree is out of sight.
+        shutil.copytree(ROOT / "tests", folder / "tests")
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        command = [inside, "-m", "pytest", "-q", "-m", "not triton", "-n", str(workers), *tests]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        told = counts(done.stdout)
+        green = same and done.returncode == 0 and told["passed"] > 0
+        if not green:
+            print("\n".join((done.stdout + done.stderr).splitlines()[-30:]), file=sys.stderr)
+        return {
+            "python": there["python"],
+            "torch": there["torch"],
+            "same_libraries": same,
+            **told,
+            "green": green,
+            "seconds": round(time.monotonic() - start),
+            "date": datetime.date.today().isoformat(),
+        }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _call(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        why = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no message")
+        raise MatrixError(f"{' '.join(command[:4])} failed: {why}")
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="matrix")
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("--pythons", required=True)
+    parser.add_argument("--torches", required=True)
+    parser.add_argument("--tests", required=True)
+    parser.add_argument("--record", type=Path)
+    given = parser.parse_args(words)
+    status = 0
+    try:
+        if not given.wheel.is_file():
+            raise MatrixError(f"the wheel must exist, got {given.wheel}")
+        pythons = [(name, interpreter(name)) for name in given.pythons.split()]
+        record = read(given.record, given.wheel) if given.record else {"pairs": []}
+        done = {(p["asked"]["python"], p["asked"]["torch"]): p for p in record["pairs"] if p["green"]}
+        for name, python in pythons:
+            for torch in given.torches.split():
+                asked = {"python": Path(name).name, "torch": torch}
+                found = done.get(tuple(asked.values()))
+                if found is None:
+                    folder, workers = ROOT / "build" / "matrix", len(os.sched_getaffinity(0))
+                    found = {"asked": asked, **pair(given.wheel, python, torch, given.tests.split(), folder, workers)}
+                    record["pairs"] = [p for p in record["pairs"] if p["asked"] != asked] + [found]
+                    if given.record:
+                        write(given.record, record)
+                print(
+                    f"Python {found['python']}, torch {found['torch']}: {found['passed']} passed, {found['failed']}"
+                    f" failed, {found['skipped']} skipped, {'the same' if found['same_libraries'] else 'OTHER'}"
+                    f" libraries, {found['seconds']} s",
+                    flush=True,
+                )
+                status |= not found["green"]
+    except (MatrixError, OSError, ValueError) as error:
+        print(f"fastflat: {error}", file=sys.stderr)
+        return 2
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

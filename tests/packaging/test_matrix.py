@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runner of ``make matrix``: what it counts, records, goes on from, and says when something stands in the way."""
+
+import json
+
+import pytest
+
+from build_tools import matrix
+
+
+@pytest.mark.parametrize(
+    ("said", "want"),
+    [
+        ("....\n12 passed, 3 skipped in 4.2s\nneed a GPU: 3 tests did not run\n", (12, 0, 3)),
+        ("FAILED a::b - 3 passed\n== 1 failed, 2 passed, 1 error in 1s ==", (2, 2, 0)),
+        ("no tests ran in 0.1s", (0, 0, 0)),
+        ("", (0, 0, 0)),
+    ],
+)
+def test_counts(said, want):
+    assert tuple(matrix.counts(said).values()) == want
+
+
+def found(green=True, **changes):
+    return {
+        "python": "3.12.1",
+        "torch": "2.10.0",
+        "same_libraries": True,
+        "passed": 9,
+        "failed": 0,
+        "skipped": 1,
+        "green": green,
+        "seconds": 1,
+        "date": "2026-01-01",
+        **changes,
+    }
+
+
+def test_goes_on_from_its_record_until_the_wheel_changes(tmp_path, monkeypatch, capsys):
+    wheel, record, ran = tmp_path / "x.whl", tmp_path / "records" / "matrix.json", []
+    wheel.write_bytes(b"one")
+    monkeypatch.setattr(matrix, "interpreter", lambda name: f"/bin/{name}")
+
+    def pair(wheel, python, torch, tests, folder, workers):
+        ran.append((python, torch))
+        return found(green=torch != "2.11.0", failed=int(torch == "2.11.0"))
+
+    monkeypatch.setattr(matrix, "pair", pair)
+    words = [str(wheel), "--pythons", "p1 p2", "--torches", "2.10.0 2.11.0", "--tests", "t", "--record", str(record)]
+    assert matrix.main(words) == 1
+    assert ran == [(f"/bin/{p}", t) for p in ("p1", "p2") for t in ("2.10.0", "2.11.0")]
+    kept = json.loads(record.read_text())
+    assert (kept["wheel"], len(kept["pairs"])) == ("x.whl", 4)
+    assert kept["pairs"][0]["asked"] == {"python": "p1", "torch": "2.10.0"}
+    assert capsys.readouterr().out.splitlines()[1].endswith("9 passed, 1 failed, 1 skipped, the same libraries, 1 s")
+    ran.clear()
+    assert matrix.main(words) == 1
+    assert {t for _, t in ran} == {"2.11.0"}  # what was green is not repeated
+    wheel.write_bytes(b"two")
+    ran.clear()
+    matrix.main(words)
+    assert len(ran) == 4
+
+
+def test_one_line_where_something_is_missing(tmp_path, capsys):
+    wheel = tmp_path / "x.whl"
+    rest = ["--pythons", "python9.9", "--torches", "2.10.0", "--tests", "t"]
+    assert matrix.main([str(wheel), *rest]) == 2
+    wheel.touch()
+    assert matrix.main([str(wheel), *rest]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("fastflat: the wheel must exist, got ")
+    assert said[1] == "fastflat: PYTHONS must name installed Pythons, got 'python9.9'"
+
+
+def test_an_environment_goes_when_its_torch_cannot_be_had(tmp_path, monkeypatch):
+    called = []
+
+    def call(command):
+        called.append(command)
+        (tmp_path / "env").mkdir(parents=True, exist_ok=True)
+        if "install" in command:
+            raise matrix.MatrixError("no torch==0.1")
+
+    monkeypatch.setattr(matrix, "_call", call)
+    with pytest.raises(matrix.MatrixError, match="no torch"):
+        matrix.pair(tmp_path / "x.whl", "python", "0.1", ["t"], tmp_path / "env", 1)
+    assert called[1][-len(matrix.NEEDS) - 1] == "torch==0.1"
+    assert not (tmp_path / "env").exists()
