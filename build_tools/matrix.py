@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``make matrix``: one wheel under several Pythons and several torch, its op tests green in each.
 
-Usage: matrix.py WHEEL --pythons NAMES --torches VERSIONS --tests PATHS [--record FILE]. Each pair gets an environment of
-its own, which goes when it is done. The record keeps what finished: a second run goes on from there, unless the wheel
-has changed. Exits with 1 where a pair is not green.
+Usage: matrix.py WHEEL --pythons NAMES --torches VERSIONS --tests PATHS [--record FILE]. Each pair gets an environment
+of its own, which goes when it is done. The record keeps what finished: a second run goes on from there, unless the
+wheel has changed. Exits with 1 where a pair is not green.
 """
 
 from __future__ import annotations

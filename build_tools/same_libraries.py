@@ -25,7 +25,7 @@ print(json.dumps({
 
 
 def report(python: str) -> dict[str, Any]:
-    """What a Python's fastflat says of itself: versions, and for each library its digest, whether it loaded, and why."""
+    """What a Python's fastflat says of itself: versions, and each library's digest, whether it loaded, and why."""
     # -I keeps the working directory, and with it the source tree, off the import path
     done = subprocess.run([python, "-I", "-c", _REPORT], capture_output=True, text=True, check=False)
     if done.returncode != 0:

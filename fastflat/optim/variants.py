@@ -66,7 +66,8 @@ class GSAM(_Mixed):
     Args:
         alpha: weight of the orthogonal part, at least 0; 0 is SAM. Published: 0.4 (ResNets), 0.05 to 0.6 (ViT).
 
-    Others as :class:`SAM`, but not after ``scaler.unscale_``. Source: Zhuang et al. 2022 (arXiv 2203.08065), equation 10.
+    Others as :class:`SAM`, but not after ``scaler.unscale_``. Source: Zhuang et al. 2022 (arXiv
+    2203.08065), equation 10.
     """
 
     def __init__(self, params, base="sgd", rho: float = 0.05, alpha: float = 0.4, **options: Any):
@@ -95,7 +96,8 @@ class GNP(_Mixed):
         alpha: share of the second gradient, in [0, 1]; 1 is SAM, 0 the base. Published: 0.8.
         normed: which of the two. The second never vanishes: at a constant rate it stalls further from a minimum.
 
-    Others as :class:`SAM`, but without ``normed`` not after ``scaler.unscale_``. Source: Zhao et al. 2022 (arXiv 2202.03599), equations 8 to 12.
+    Others as :class:`SAM`, but without ``normed`` not after ``scaler.unscale_``. Source: Zhao et al. 2022
+    (arXiv 2202.03599), equations 8 to 12.
     """
 
     def __init__(self, params, base="sgd", rho: float = 0.1, alpha: float = 0.8, normed: bool = False, **options: Any):
@@ -134,7 +136,8 @@ class HERO(_Mixed):
         strength: the paper's lambda. Published: 5.
         fd_radius: length of the third step.
 
-    Others as :class:`SAM`, but not after ``scaler.unscale_``. Source: Yang et al. 2022 (arXiv 2111.11986). With ``strength=0`` it is adaptive SAM.
+    Others as :class:`SAM`, but not after ``scaler.unscale_``. Source: Yang et al. 2022 (arXiv
+    2111.11986). With ``strength=0`` it is adaptive SAM.
     """
 
     def __init__(
