@@ -27,6 +27,9 @@ _LOGITS = {"kl": (9, 10), "js": (13, 15), "ce": (9, 9), "stats": (6, 0)}
 _SCAN = 3
 #: Of a copy: a normal draw, its product and sum; with a mask a draw and a choice more. Of a step.
 _INPUTS = {"noise": 3 * 12, "noise-masked": 3 * 15, "pgd-linf": 11, "pgd-l2": 14}
+#: Sum, magnitude and its sum, code, residual; with levels division, draw and choice; of the largest a sum, a comparison
+#: each time that they are counted, and one more.
+_COMPRESSORS = {"sign": 7, "qsgd": 12, "terngrad": 12, "topk": 4}
 #: Sums, moments, largest; backward.
 _WEIGHTS = {"reduce": (10, 11), "saturate": (24, 29)}
 
@@ -97,6 +100,7 @@ _OF = {
     "identity": lambda case: 0,
     "sharpness": lambda case: _FIRST_PASS + _BASES[case.base],
     "descent": lambda case: _BASES[case.base],
+    "compressors": lambda case: _COMPRESSORS[case.granularity],
     "inputs": lambda case: _INPUTS[case.granularity],
     "weight_norms": _passes(lambda case: _WEIGHTS[case.granularity]),
     "logits": _logits,

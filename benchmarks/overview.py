@@ -24,6 +24,7 @@ KERNELS: dict[str, tuple[str, ...] | None] = {
     "logits": ("kl-1000x4", "js-10x3", "ce-1000", "stats-1000", "scan-10x16"),
     "inputs": ("noise", "noise-masked", "pgd-linf", "pgd-l2"),
     "weight_norms": ("reduce", "saturate"),
+    "compressors": ("sign", "qsgd", "terngrad", "topk"),
     "vectors": ("dot8", "subtract8", "signs", "forms"),
     "tangents": ("gelu8", "scale8", "norm8", "stats8"),
     "row_tangents": ("norm-768x8", "norm_bwd-768x8", "softmax-64x8", "cross_entropy-10x8"),

@@ -56,6 +56,7 @@ RARE = {"-Os": "scalar, at a third of the size"}
 LOOPS = {
     "binarize": LEANER,
     "bitplane": LEAN,
+    "compressors": LEAN,
     "fake_quantize": LEAN,
     "general_quantize": LEANER,
     "liq": LEANER,

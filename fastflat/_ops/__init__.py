@@ -21,6 +21,7 @@ import torch
 from fastflat._ops import (
     binarize,
     bitplane,
+    compressors,
     descent,
     fake_quantize,
     fake_quantize_list,
@@ -44,6 +45,7 @@ NAMESPACE = "fastflat"
 FAMILIES = (
     *(identity, fake_quantize, fake_quantize_list, general_quantize, mixquant, binarize, liq, bitplane),
     *(sharpness, descent, vectors, tangents, row_tangents, logits, inputs, weight_norms),
+    compressors,
 )
 
 OPS: dict[str, Op] = {op.name: op for family in FAMILIES for op in family.ROWS}

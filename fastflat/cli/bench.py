@@ -19,7 +19,7 @@ _SIZES = "2^12..2^24/2,2^25"
 _QUICK_SIZES = "2^12,2^16,2^20,2^22"
 _FAMILIES = (
     *("fake_quantize", "general_quantize", "fake_quantize_list", "mixquant", "bitplane", "binarize", "liq"),
-    *("logits", "inputs", "weight_norms", "vectors", "tangents", "row_tangents", "identity"),
+    *("logits", "inputs", "weight_norms", "compressors", "vectors", "tangents", "row_tangents", "identity"),
 )
 #: Families whose cases are steps of optimizers.
 _STEPS = ("sharpness", "descent")
@@ -74,11 +74,11 @@ def quantize(ctx: click.Context, **options: Any) -> None:
 
     fake_quantize: 4 bits with a learned scale, and with one from the data ("dynamic"). general_quantize: noise,
     stochastic rounding, floating-point and block formats. logits: divergences, losses and statistics. inputs: noise and
-    steps of attacks. weight_norms: regularisers of weights. vectors: the work of Krylov methods on flat vectors.
-    tangents: one and eight tangents through activations, quantizers and batch norms. Each case is timed in turns with a
-    copy of the data. "of copy bw" is the traffic that the case cannot avoid, per second, over that of the copy; "x mul"
-    is the time over that of an autograd Function of one torch.mul each way; "peak" is the most memory that a call
-    allocates, in tensors of the data.
+    steps of attacks. weight_norms: regularisers of weights. compressors: gradients in few bits. vectors: the work of
+    Krylov methods on flat vectors. tangents: one and eight tangents through activations, quantizers and batch norms.
+    Each case is timed in turns with a copy of the data. "of copy bw" is the traffic that the case cannot avoid, per
+    second, over that of the copy; "x mul" is the time over that of an autograd Function of one torch.mul each way;
+    "peak" is the most memory that a call allocates, in tensors of the data.
 
     \b
     Examples:

@@ -3,6 +3,14 @@
 
 from fastflat.functional._binarize import binarize
 from fastflat.functional._bitplane import bitplane, bitplane_codes, bitplane_init
+from fastflat.functional._compressors import (
+    Compressed,
+    Largest,
+    compress,
+    compress_topk,
+    decompress,
+    decompress_topk,
+)
 from fastflat.functional._fake_quantize import fake_quantize, fake_quantize_dynamic, scale_value
 from fastflat.functional._fake_quantize_list import fake_quantize_list
 from fastflat.functional._inputs import noise_batch, pgd_step
@@ -20,6 +28,8 @@ from fastflat.functional._noise import draw_state
 from fastflat.functional._weight_norms import WeightStats, saturate, weight_reduce
 
 __all__ = [
+    "Compressed",
+    "Largest",
     "SoftmaxStats",
     "WeightStats",
     "affine_logit_scan",
@@ -27,6 +37,10 @@ __all__ = [
     "bitplane",
     "bitplane_codes",
     "bitplane_init",
+    "compress",
+    "compress_topk",
+    "decompress",
+    "decompress_topk",
     "draw_state",
     "fake_quantize",
     "fake_quantize_dynamic",

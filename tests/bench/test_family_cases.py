@@ -150,6 +150,23 @@ def test_regularisers_of_weights_are_those_of_torch(benchmarks):
         torch.testing.assert_close(*results, rtol=1e-7, atol=1e-7)
 
 
+def test_compressed_gradients_are_those_of_torch(benchmarks):
+    module = bench.package("cases.compressors")
+    for case in module.cases([2**14], [torch.float32]):
+        found = {}
+        for peer in ("fastflat", "eager"):
+            data = case.data(CPU)
+            sent = benchmarks.peers.PEERS["compressors"][peer](data)(data.x, None)
+            found[peer] = (sent.sort().values if case.granularity == "topk" else sent, data.error)
+        (ours, left), (theirs, rest) = found["fastflat"], found["eager"]
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        if case.granularity in ("sign", "topk"):  # the others draw
+            assert torch.equal(ours, theirs)
+            torch.testing.assert_close(left, rest)
+        else:
+            assert abs(left.square().mean() / rest.square().mean() - 1) < 0.1
+
+
 def test_tangents_are_the_same_by_operators_of_torch(benchmarks):
     module = bench.package("cases.tangents")
     for case in module.cases([1000], [torch.float64]):

@@ -86,7 +86,7 @@ def test_instantiations_are_few(symbols):
 
 def test_library_stays_small():
     """As a wheel packs it: with 0.7 MB of Python a wheel of little more than 3 MB."""
-    assert len(zlib.compress(LIBRARY.read_bytes(), 6)) < 2.46e6
+    assert len(zlib.compress(LIBRARY.read_bytes(), 6)) < 2.48e6
 
 
 @pytest.mark.parametrize("isa", PACKED_DIVISION)
