@@ -26,11 +26,13 @@ class Entry:
         method: the method.
         records: its runs; those of the quick settings where there are no others.
         quick: whether they are.
+        profile: timed steps of all arms, where there are any.
     """
 
     method: Method
     records: list[study.Record]
     quick: bool
+    profile: list[study.Record] = dataclasses.field(default_factory=list)
 
     @property
     def findings(self) -> list[verdict.Finding]:
@@ -42,7 +44,8 @@ class Entry:
 
     @property
     def costs(self) -> list[verdict.Cost]:
-        return verdict.costs(self.records, self.method.experiment) if self.records else []
+        timed = self.profile or self.records
+        return verdict.costs(timed, self.method.experiment) if timed else []
 
     @property
     def metrics(self) -> list[str]:
@@ -104,7 +107,7 @@ def entries(folder: Path) -> list[Entry]:
         quick = not records
         if quick:
             records = study.read(study.file(folder, method.name, quick=True))
-        found.append(Entry(method, records, quick))
+        found.append(Entry(method, records, quick, study.read(study.profile_file(folder, method.name))))
     return found
 
 

@@ -136,6 +136,32 @@ def _run(m: Method, settings: Settings, path: Path, bar: Any) -> None:
 
 
 @methods.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Short runs of each arm.")
+@_FOLDER
+@_THREADS
+def profile(names: tuple[str, ...], rounds: int, out: Path, threads: int | None) -> None:
+    """Time a step of every arm, all arms in turn, beside what its passes must cost; the report takes it from there."""
+    from tqdm import tqdm
+
+    chosen = [registry.get(name) for name in names] or list(registry.methods())
+    _prepare(threads)
+    with tqdm(total=rounds * sum(len(m.experiment.arms) for m in chosen), leave=False, disable=None) as bar:
+        for m in chosen:
+            records = []
+            for record in study.profile(m, rounds, study.profile_file(out, m.name), bar.set_description):
+                records.append(record)
+                bar.update()
+            bar.clear()
+            base = m.experiment.arms[0].name
+            for c in verdict.costs(records, m.experiment):
+                over = 100 * (c.measured / c.passes - 1)
+                click.echo(
+                    f"{m.name}: {c.arm} {c.measured:.2f} x a step of {base}, its passes {c.passes:.2f} x ({over:+.0f} %)"
+                )
+
+
+@methods.command()
 @_FOLDER
 @click.option("--html", "page", type=_FILE, help="The page; by default report.html in the folder of the runs.")
 @click.option("--markdown", type=_FILE, help="Write a Markdown table to this file, too.")

@@ -76,6 +76,32 @@ def test_run_and_report(command, one, tmp_path):
     assert "| toy ([2101.00001]" in (tmp_path / "t.md").read_text()
 
 
+def test_all_without_names(command, one, tmp_path):
+    one()
+    status, out, _ = command("methods", "run", "--out", tmp_path)
+    assert status == 0
+    assert "toy: partly reproduced" in out
+
+
+def test_a_profile_stands_in_the_report(command, one, tmp_path, monkeypatch):
+    """The time of a step comes from rounds beside each other, not from runs hours apart."""
+    ran = one(better=9.0)
+    command("methods", "run", "toy", "--out", tmp_path)
+    ran.clear()
+    status, out, _ = command("methods", "profile", "--rounds", "3", "--out", tmp_path)
+    assert status == 0
+    assert out == "toy: <new> 2.00 x a step of base, its passes 2.00 x (+0 %)\n"
+    assert [(name, seed, steps) for name, seed, _, steps in ran] == [
+        (name, n, steps) for n in range(3) for name, steps in (("base", 11), ("<new>", 5))
+    ]
+    kept = (tmp_path / "toy-profile.jsonl").read_text()
+    (tmp_path / "toy-profile.jsonl").write_text(kept.replace('"seconds_per_step": 2.0', '"seconds_per_step": 2.5'))
+    command("methods", "report", "--out", tmp_path)
+    (entry,) = json.loads((tmp_path / "report.json").read_text())
+    assert entry["costs"][0]["measured"] == 2.5
+    assert len(entry["runs"]) == 12
+
+
 def test_quick_runs_are_named_so(command, one, tmp_path):
     ran = one()
     status, out, _ = command("methods", "run", "toy", "--quick", "--out", tmp_path)

@@ -28,7 +28,7 @@ class Record:
     """A finished run, a line of a study's file.
 
     Attributes:
-        kind: ``"tune"`` or ``"run"``.
+        kind: ``"tune"``, ``"run"``, or ``"profile"``, a short run for the time of a step.
         arm, seed, choice: which.
         metrics: what the arm gave; NaN where a training did not end in finite numbers.
         settings: the experiment's, as plain values.
@@ -52,6 +52,11 @@ class Record:
 def file(folder: Path, name: str, quick: bool) -> Path:
     """Where the runs of a method are kept."""
     return folder / f"{name}{'-quick' if quick else ''}.jsonl"
+
+
+def profile_file(folder: Path, name: str) -> Path:
+    """Where the profile of a method is kept."""
+    return folder / f"{name}-profile.jsonl"
 
 
 def read(path: Path) -> list[Record]:
@@ -138,6 +143,27 @@ def run(
             choice = max(tuned, key=lambda r: _score(r.metrics[experiment.tuned_on])).choice
         for seed in range(settings.seeds):
             yield one("run", arm, seed, choice)
+
+
+def profile(
+    method: Method, rounds: int, path: Path, before: Callable[[str], object] = lambda text: None
+) -> Iterator[Record]:
+    """Times a step of every arm, all arms in turn in each round, at the quick settings; the file is written anew.
+
+    Short runs beside each other see the same machine, which those of a study, hours apart, do not.
+    """
+    experiment = method.experiment
+    settings = dataclasses.replace(experiment.quick, tune=False)
+    choice, mark, records = points(experiment)[0], fingerprint(experiment, settings), []
+    for number in range(rounds):
+        for arm in experiment.arms:
+            before(f"{method.name}: {arm.name}, round {number}")
+            metrics = _metrics(experiment, arm, number, _for_arm(settings, arm, choice), "profile")
+            kept = {"seconds_per_step": metrics["seconds_per_step"]}
+            records.append(Record("profile", arm.name, number, choice, kept, mark, _machine()))
+            yield records[-1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _files.write_all({path: "".join(r.line() for r in records).encode()})
 
 
 def _for_arm(settings: Settings, arm: Arm, choice: dict[str, float]) -> Settings:

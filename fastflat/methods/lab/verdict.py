@@ -45,9 +45,9 @@ class Cost:
     passes: float
 
 
-def values(records: Sequence[Record], arm: str, metric: str) -> dict[int, float]:
+def values(records: Sequence[Record], arm: str, metric: str, kind: str = "run") -> dict[int, float]:
     """A metric of the reported runs of an arm, by seed."""
-    return {r.seed: r.metrics.get(metric, math.nan) for r in records if r.kind == "run" and r.arm == arm}
+    return {r.seed: r.metrics.get(metric, math.nan) for r in records if r.kind == kind and r.arm == arm}
 
 
 def spread(numbers: Sequence[float]) -> tuple[float, float]:
@@ -84,15 +84,21 @@ def verdict(found: Sequence[Finding]) -> str:
 
 
 def costs(records: Sequence[Record], experiment: Experiment) -> list[Cost]:
-    """Step times over that of the first arm: medians over the runs."""
+    """Step times over that of the first arm: of a profile the median of each round's ratio, else medians of runs."""
     base = experiment.arms[0]
-    first = _step(records, base.name)
-    return [
-        Cost(arm.name, _step(records, arm.name) / first if first else math.nan, arm.passes / base.passes)
-        for arm in experiment.arms[1:]
-    ]
+    profiled = any(r.kind == "profile" for r in records)
+    found = []
+    for arm in experiment.arms[1:]:
+        own, first = (_steps(records, name, "profile" if profiled else "run") for name in (arm.name, base.name))
+        if profiled:
+            ratios = [own[n] / first[n] for n in sorted(set(own) & set(first))]
+            ratio = statistics.median(ratios) if ratios else math.nan
+        else:
+            ratio = statistics.median(own.values()) / statistics.median(first.values()) if own and first else math.nan
+        found.append(Cost(arm.name, ratio, arm.passes / base.passes))
+    return found
 
 
-def _step(records: Sequence[Record], arm: str) -> float:
-    seconds = [s for s in values(records, arm, "seconds_per_step").values() if math.isfinite(s)]
-    return statistics.median(seconds) if seconds else math.nan
+def _steps(records: Sequence[Record], arm: str, kind: str) -> dict[int, float]:
+    of_seeds = values(records, arm, "seconds_per_step", kind)
+    return {seed: seconds for seed, seconds in of_seeds.items() if math.isfinite(seconds)}
