@@ -155,10 +155,8 @@ def profile(names: tuple[str, ...], rounds: int, out: Path, threads: int | None)
             bar.clear()
             base = m.experiment.arms[0].name
             for c in verdict.costs(records, m.experiment):
-                over = 100 * (c.measured / c.passes - 1)
-                click.echo(
-                    f"{m.name}: {c.arm} {c.measured:.2f} x a step of {base}, its passes {c.passes:.2f} x ({over:+.0f} %)"
-                )
+                over = f"({100 * (c.measured / c.passes - 1):+.0f} %)"
+                click.echo(f"{m.name}: {c.arm} {c.measured:.2f} x a step of {base}, its passes {c.passes:.2f} x {over}")
 
 
 @methods.command()
