@@ -20,6 +20,7 @@ struct Rule {
   using C = Compute;
   // Only rules without draws round every operation.
   static constexpr bool may_round = sizeof(X) == 2 && !drawn;
+  static constexpr bool long_body = true;
 
   GeneralGrid<C> grid;
   const C* scale;
@@ -209,6 +210,7 @@ struct Backward : Gradients<X, drawn>, ScaleGradients<compute_t<X>> {
 
 template <class X, bool drawn>
 struct Tangent : Rule<X, drawn> {
+  static constexpr bool long_body = !drawn;  // with draws the one copy spills
   using C = compute_t<X>;
   struct Group {
     GeneralGroup<C> of;

@@ -225,6 +225,8 @@ __device__ __forceinline__ void store_packs(const TupleOf<std::index_sequence<I.
 //   auto compact(int64_t channel) const      the group in few registers, for kernels that hold many
 //   static constexpr int blocks_at_once      instead of kBlocksAtOnce; column_blocks_at_once for the kernel that owns
 //                                            columns, which has no limit otherwise
+//   static constexpr bool long_body          so many instructions an element that one copy of them serves packs within
+//                                            a scale and packs across scales
 template <class F>
 __device__ __forceinline__ void open(F& f) {
   if constexpr (requires { f.open(); }) f.open();
@@ -245,6 +247,15 @@ inline constexpr int column_blocks_at_once = [] {
     return F::column_blocks_at_once;
   } else {
     return 0;
+  }
+}();
+
+template <class F>
+inline constexpr bool long_body = [] {
+  if constexpr (requires { F::long_body; }) {
+    return F::long_body;
+  } else {
+    return false;
   }
 }();
 

@@ -42,13 +42,13 @@ __global__ void __launch_bounds__(kBlock, blocks_at_once<F>) map_kernel(int64_t 
     }
     const auto own = pack_of<N>(f, base + local);
     packs_of<N, Out> result;
-    if (one_scale_a_pack) {
+    if (!long_body<F> && one_scale_a_pack) {
 #pragma unroll
       for (int i = 0; i < N; ++i) apply(f, i, loaded[v], result, own, group);
     } else {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (i > 0 && position.advance(g)) group = f.group(position.channel);
+        if (i > 0 && !(long_body<F> && one_scale_a_pack) && position.advance(g)) group = f.group(position.channel);
         apply(f, i, loaded[v], result, own, group);
       }
     }

@@ -15,6 +15,7 @@ namespace {
 template <class C>
 struct Mixed {
   using Compute = C;
+  static constexpr bool long_body = true;
   const C* scale;
   const C* qmin;
   const C* qmax;
