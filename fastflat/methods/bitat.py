@@ -531,7 +531,7 @@ METHOD = Method(
             Claim("test_accuracy", "metric", "xnor"),
             Claim("accuracy_untrained", "bitat", "xnor"),
         ),
-        full=Settings(passes=1800, seeds=3, images=6000, test_images=2000),
+        full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=75, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
         figure=Figure(

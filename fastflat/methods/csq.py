@@ -486,7 +486,7 @@ METHOD = Method(
             Claim("test_accuracy", "csq", "lsq"),
             Claim("mean_planes", "csq", "planes", "lower", -1e-3),
         ),
-        full=Settings(passes=1800, seeds=3, images=6000, test_images=2000),
+        full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=200, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
         figure=Figure(

@@ -213,7 +213,7 @@ METHOD = Method(
         summary="Fashion-MNIST, a convolutional network of four layers; AdamW on a cosine, Gadam and GadamX.",
         arms=(_arm("adamw"), _arm("gadam"), _arm("gadamx")),
         claims=(Claim("test_accuracy", "gadam", "adamw"), Claim("test_accuracy", "gadamx", "adamw")),
-        full=Settings(passes=1800, seeds=3, images=6000, test_images=2000),
+        full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=40, seeds=1, images=640, test_images=400, tune=False),
         grid={"factor": (1.0, 0.3, 3.0)},
         figure=Figure("bars", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),

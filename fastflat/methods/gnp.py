@@ -269,7 +269,7 @@ METHOD = Method(
             Claim("gradient_norm", "gnp", "gnp_normed", "lower"),
             Claim("top_eigenvalue", "gnp", "sgd_steps", "lower"),
         ),
-        full=Settings(passes=1500, seeds=3, images=6000, test_images=2000),
+        full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=40, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
         figure=Figure("bars", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),

@@ -425,7 +425,7 @@ METHOD = Method(
             Claim("test_accuracy", "hessian", "lsq"),
             Claim("test_accuracy", "learned", "ewgs"),
         ),
-        full=Settings(passes=1500, seeds=3, images=6000, test_images=2000),
+        full=Settings(passes=1000, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=60, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
         figure=Figure("bars", ("test_accuracy", "validation_accuracy"), ("test", "validation"), "", "accuracy"),

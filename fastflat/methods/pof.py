@@ -445,7 +445,7 @@ METHOD = Method(
             Claim("weak_loss", "pof", "fixed_head", "lower"),
             Claim("top_eigenvalue", "pof", "fixed_head", "lower"),
         ),
-        full=Settings(passes=1800, seeds=3, images=6000, test_images=2000),
+        full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=60, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
         figure=Figure("bars", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),

@@ -173,7 +173,7 @@ METHOD = Method(
             Claim("top_eigenvalue", "sam", "sgd_steps", "lower"),
             Claim("top_eigenvalue", "asam", "sgd_steps", "lower"),
         ),
-        full=Settings(passes=1500, seeds=4, images=6000, test_images=2000),
+        full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=40, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
         tuned_on="mean_validation_accuracy",

@@ -567,7 +567,7 @@ METHOD = Method(
             Claim("test_accuracy", "samq", "saq"),
             Claim("mbops", "samq", "saq", "lower", -1e-3),
         ),
-        full=Settings(passes=1800, seeds=3, images=6000, test_images=2000),
+        full=Settings(passes=1000, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=60, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.02, 0.05), "rho": (0.1, 0.4)},
         figure=Figure("bars", ("test_accuracy", "validation_accuracy"), ("test", "validation"), ylabel="accuracy"),

@@ -347,7 +347,7 @@ METHOD = Method(
             Claim("accuracy_3", "satnl", "sgd"),
             Claim("test_accuracy", "both", "sgd", margin=-0.01),
         ),
-        full=Settings(passes=1500, seeds=3, images=6000, test_images=2000),
+        full=Settings(passes=1000, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=60, seeds=1, images=640, test_images=400, tune=False),
         # All arms choose by the mean accuracy over the widths, on validation images.
         grid={"lr": (0.05, 0.1), "gamma": (1.0, 0.1)},

@@ -545,7 +545,7 @@ METHOD = Method(
             Claim("sparse_log_loss", "msam", "sgd", "lower", margin=1.0),
             Claim("sparse_log_loss", "msam", "sam", "lower", margin=1.0),
         ),
-        full=Settings(passes=1500, seeds=3, images=6000, test_images=2000),
+        full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=40, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
         figure=Figure("bars", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
