@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of ``fastflat methods``: a page, the JSON it is drawn from, and a Markdown table."""
+"""The report of ``fastflat methods``: an HTML page, and the JSON it is drawn from."""
 
 from __future__ import annotations
 
@@ -156,34 +156,13 @@ def html(entries: Sequence[Entry]) -> str:
             "table": [(arm, [entry.cell(arm, metric) for metric in entry.metrics]) for arm in arms],
             "metrics": entry.metrics,
             "cost": cost(entry),
-            "machines": sorted({_machine(r) for r in entry.records}),
+            "machines": machines(entry),
             "figure": figure,
         })  # fmt: skip
     text = _TEMPLATE.read_text(encoding="utf-8")
     return environment.from_string(text).render(entries=shown, errors=verdict.ERRORS, least=verdict.LEAST_SEEDS)
 
 
-def _machine(record: study.Record) -> str:
-    return ", ".join(f"{k} {v}" for k, v in record.machine.items())
-
-
-def markdown(entries: Sequence[Entry]) -> str:
-    """A table for README: methods that have runs."""
-    lines = [
-        "| method | paper's claim, as tested | measured | answer | cost of a step |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for entry in entries:
-        if not entry.records:
-            continue
-        experiment, metrics = entry.method.experiment, dict.fromkeys(c.metric for c in entry.method.experiment.claims)
-        measured = "; ".join(
-            f"{metric}: " + ", ".join(f"{arm.name} {entry.cell(arm.name, metric)}" for arm in experiment.arms)
-            for metric in metrics
-        )
-        answer = ANSWERS[entry.verdict] + (" (quick settings)" if entry.quick else "")
-        paper = f"{entry.method.name} ([{entry.method.arxiv}](https://arxiv.org/abs/{entry.method.arxiv}))"
-        costs = ", ".join(f"{c.arm} {c.measured:.2f} x ({c.passes:.2g} x)" for c in entry.costs)
-        cells = (paper, entry.method.claim, measured, answer, costs)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+def machines(entry: Entry) -> list[str]:
+    """Where an entry's runs ran, each once."""
+    return sorted({", ".join(f"{k} {v}" for k, v in record.machine.items()) for record in entry.records})

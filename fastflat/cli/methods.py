@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import fastflat
 from fastflat import _files
 from fastflat import methods as registry
-from fastflat.cli import _methods_report
+from fastflat.cli import _methods_markdown, _methods_report
 from fastflat.methods import Method, Settings
 from fastflat.methods.lab import study, verdict
 
@@ -162,9 +163,10 @@ def profile(names: tuple[str, ...], rounds: int, out: Path, threads: int | None)
 @methods.command()
 @_FOLDER
 @click.option("--html", "page", type=_FILE, help="The page; by default report.html in the folder of the runs.")
-@click.option("--markdown", type=_FILE, help="Write a Markdown table to this file, too.")
+@click.option("--markdown", type=_FILE, help="Write the page as Markdown to this file, too, figures/ beside it.")
+@click.option("--table", type=_FILE, help="A Markdown page that has the short table between its marks.")
 @_JSON
-def report(out: Path, page: Path | None, markdown: Path | None, json_file: Path | None) -> None:
+def report(out: Path, page: Path | None, markdown: Path | None, table: Path | None, json_file: Path | None) -> None:
     """One page of all methods: claim, measured, reproduced or not, cost, figure; with the JSON it is drawn from."""
     entries = _methods_report.entries(out)
     if not any(entry.records for entry in entries):
@@ -175,10 +177,17 @@ def report(out: Path, page: Path | None, markdown: Path | None, json_file: Path 
         page: _methods_report.html(entries),
         json_file or page.with_suffix(".json"): json.dumps(numbers, indent=1) + "\n",
     }
-    if markdown:
-        files[markdown] = _methods_report.markdown(entries)
-    for path in files:
+    for path in (*files, *filter(None, (markdown, table))):
         _writable(path)
+    if markdown:
+        files[markdown], figures = _methods_markdown.page(entries)
+        folder = markdown.parent / _methods_markdown.FIGURES
+        folder.mkdir(exist_ok=True)
+        files |= {folder / name: text for name, text in figures.items()}
+    if table:
+        from_table = os.path.relpath(markdown, table.parent) if markdown else ""
+        text = table.read_text(encoding="utf-8")
+        files[table] = _methods_markdown.inserted(text, entries, Path(from_table).as_posix() if from_table else "")
     _files.write_all({path: text.encode() for path, text in files.items()})
     click.echo(f"{sum(bool(e.records) for e in entries)} of {len(entries)} methods have runs; report: {page}")
 

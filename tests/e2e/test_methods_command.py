@@ -61,7 +61,10 @@ def test_run_and_report(command, one, tmp_path):
     ran.clear()
     assert command("methods", "run", "toy", "--out", tmp_path / "r")[0] == 0
     assert not ran
-    status, out, _ = command("methods", "report", "--out", tmp_path / "r", "--markdown", tmp_path / "t.md")
+    (tmp_path / "read.md").write_text("before\n<!-- methods: start -->\nold\n<!-- methods: end -->\nafter\n")
+    status, out, _ = command(
+        "methods", "report", "--out", tmp_path / "r", "--markdown", tmp_path / "t.md", "--table", tmp_path / "read.md"
+    )
     assert status == 0
     assert "1 of 1 methods have runs" in out
     page = (tmp_path / "r" / "report.html").read_text()
@@ -73,7 +76,18 @@ def test_run_and_report(command, one, tmp_path):
     (entry,) = json.loads((tmp_path / "r" / "report.json").read_text())
     assert entry["verdict"] == "reproduced"
     assert entry["costs"][0] == {"arm": "<new>", "measured": 2.0, "passes": 2.0}
-    assert "| toy ([2101.00001]" in (tmp_path / "t.md").read_text()
+    text = (tmp_path / "t.md").read_text()
+    assert "## toy" in text
+    assert r"On \<toys\> ([2101.00001](https://arxiv.org/abs/2101.00001))" in text
+    assert "**Answer: reproduced.**" in text
+    assert "(figures/toy.svg)" in text
+    assert (tmp_path / "figures" / "toy.svg").read_text().count("<svg") == 1
+    lines = (tmp_path / "read.md").read_text().splitlines()
+    assert [lines[0], lines[-1], len(lines)] == ["before", "after", 7]
+    assert lines[4] == (
+        r"| [toy](t.md#toy) | On \<toys\> ([2101.00001](https://arxiv.org/abs/2101.00001)) | reproduced"
+        r" | \<new\> 2.00 x (2 x) |"
+    )
 
 
 def test_all_without_names(command, one, tmp_path):
@@ -120,6 +134,7 @@ def test_quick_runs_are_named_so(command, one, tmp_path):
         (["report", "--out", "{tmp}"], "must hold runs, got none; fastflat methods run NAME makes them"),
         (["run", "sam", "--out", "{tmp}/file"], "--out must be a folder, got the file"),
         (["run", "sam", "--seeds", "0"], "0 is not in the range"),
+        (["profile", "sam", "--rounds", "0"], "0 is not in the range"),
     ],
 )
 def test_bad_input_gets_one_line(command, tmp_path, arguments, message):
@@ -141,3 +156,16 @@ def test_a_broken_file_of_runs(command, one, tmp_path):
         assert "line 1 of" in err
         assert err.count("\n") == 1
     assert (tmp_path / "toy.jsonl").read_text() == "not JSON\n"
+
+
+def test_a_page_without_marks_stays_as_it_is(command, one, tmp_path):
+    one()
+    command("methods", "run", "toy", "--out", tmp_path)
+    (tmp_path / "read.md").write_text("no marks\n")
+    before = sorted(tmp_path.iterdir())
+    status, _, err = command("methods", "report", "--out", tmp_path, "--table", tmp_path / "read.md")
+    assert status == 2
+    assert "must hold the lines <!-- methods: start --> and" in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "read.md").read_text() == "no marks\n"
