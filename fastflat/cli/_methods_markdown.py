@@ -85,7 +85,7 @@ def page(entries: Sequence[Entry]) -> tuple[str, dict[str, str]]:
 
 def _cell(text: str) -> str:
     """Text that a table and a list take as it is."""
-    return re.sub(r"([|<>*_`\\[\]])", r"\\\1", text)
+    return re.sub(r"([|<>*`\\[\]])", r"\\\1", text)
 
 
 def _metric(name: str) -> str:
