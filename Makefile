@@ -14,7 +14,7 @@ ARGS ?=
 
 # `make matrix`: the Pythons and the versions of torch under which one wheel must pass.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
-TORCHES ?= 2.10.0 2.15.0
+TORCHES ?= 2.10.0 2.14.1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet

@@ -122,11 +122,12 @@ def _against_sgd() -> int:
 def _train(name: str, seed: int, settings: Settings) -> dict[str, float]:
     parts = lab.images(settings.images, settings.test_images)
     common = {"lr": settings.choice["lr"], "momentum": 0.9, "weight_decay": 5e-4}
+    rho = settings.choice["rho"]
     make = {
         "sgd": lambda m: SGD(m.parameters(), **common),
         "sgd_steps": lambda m: SGD(m.parameters(), **common),
-        "sam": lambda m: SAM(m, rho=0.05, **common),
-        "asam": lambda m: SAM(m, rho=0.5, adaptive=True, eta=0.01, **common),
+        "sam": lambda m: SAM(m, rho=rho, **common),
+        "asam": lambda m: SAM(m, rho=10 * rho, adaptive=True, eta=0.01, **common),
     }[name]
     net = functools.partial(ConvNet, 1, 28, parts.classes)
     done = lab.fit(net, make, parts.train, settings.steps, seed, batch=settings.batch)
@@ -175,7 +176,7 @@ METHOD = Method(
         ),
         full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=40, seeds=1, images=640, test_images=400, tune=False),
-        grid={"lr": (0.05, 0.02, 0.1)},
+        grid={"lr": (0.05, 0.02), "rho": (0.05, 0.2)},
         tuned_on="mean_validation_accuracy",
         figure=Figure(
             "lines",
