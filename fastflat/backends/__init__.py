@@ -46,7 +46,11 @@ def unavailable(name: str, device: str) -> str | None:
         return f"{part.reason}; {part.remedy}"
     if name == "cuda" and torch.cuda.is_available() and not _load.has_code_for(torch.cuda.get_device_capability()):
         built, found = _load.build_info().get("arches"), torch.cuda.get_device_capability()
-        return f"built for {', '.join(built)}, this GPU is {found[0]}.{found[1]}; rebuild with FASTFLAT_ARCHS"
+        own = f"{found[0]}.{found[1]}"
+        return (
+            f"built for {', '.join(built)}, this GPU is {own}; build it with FASTFLAT_ARCHS={own} and a CUDA toolkit"
+            " that knows it"
+        )
     return None
 
 

@@ -134,7 +134,9 @@ def test_a_gpu_too_old_and_a_torch_too_old_are_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
     said = unavailable("cuda", "cuda")
-    assert said == "built for 7.5, 8.0+PTX, this GPU is 6.1; rebuild with FASTFLAT_ARCHS"
+    assert said == (
+        "built for 7.5, 8.0+PTX, this GPU is 6.1; build it with FASTFLAT_ARCHS=6.1 and a CUDA toolkit that knows it"
+    )
     monkeypatch.setattr(torch, "__version__", "2.9.1")
     assert _load._needed_torch() == "pip install 'torch>=2.10'; "
 
