@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markers: what needs a GPU, Triton or much time is skipped with that reason, and the GPU tests are counted aloud."""
+"""Markers: what needs a GPU, Triton or much time is skipped with that reason, and the GPU tests are counted aloud. Every
+module is imported and every test runs from one random state, whatever ran before it."""
 
 import importlib.util
 
@@ -11,6 +12,17 @@ _NO_GPU = "needs a GPU"
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes or many gigabytes, too")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    torch.manual_seed(0)
+    return (yield)
+
+
+@pytest.fixture(autouse=True)
+def _one_random_state():
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(config, items):
