@@ -8,7 +8,7 @@ once. Three ways to a Hessian's products (``method=``), K vectors at once, where
 
 ==================== ============= ========================================================================
 engine               2F + 6F K     exact; memory of 1 + K gradients' activations
-double_backward      3F + 6F K     exact; any function with two derivatives; one graph, whatever K
+double_backward      3F + 6F K     exact; any function with two derivatives; one graph, whatever K, kept by linearize
 finite_difference    6F K          any function with one; error about 2e-5 in float32; not for quantizers
 ==================== ============= ========================================================================
 """

@@ -59,29 +59,61 @@ def _filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tens
     return [torch.zeros_like(p) if f is None else f for f, p in zip(found, like, strict=True)]
 
 
+class Twice:
+    """The gradient of a loss with its graph, for products with its derivative one after another.
+
+    With ``create_graph`` these can be differentiated again, by the params themselves where those require a gradient.
+    """
+
+    def __init__(self, loss: Loss, params: Sequence[Tensor], create_graph: bool = False) -> None:
+        self._again = create_graph
+        self._leaves = [p if create_graph and p.requires_grad else p.detach().requires_grad_() for p in params]
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            value = loss(self._leaves)
+            self._first: Sequence[Tensor | None] = [None] * len(params)
+            if value.requires_grad:
+                self._first = torch.autograd.grad(value, self._leaves, create_graph=True, allow_unused=True)
+
+    def gradients(self) -> list[Tensor]:
+        """Of the loss, without their graph; zeros where it is not reached."""
+        return [g.detach() for g in _filled(self._first, self._leaves)]
+
+    def products(self, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """``H v_k``, one k after another, by the derivative of ``<gradient, v_k>``; all of shape ``[K, *shape]``."""
+        moving = [(g, t) for g, t in zip(self._first, tangents, strict=True) if g is not None and g.requires_grad]
+        if not moving:
+            return [torch.zeros_like(t) for t in tangents]
+        rows = []
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for k in range(tangents[0].shape[0]):
+                along = [t[k].to(g.dtype) for g, t in moving]
+                found = torch.autograd.grad(
+                    [g for g, _ in moving],
+                    self._leaves,
+                    along,
+                    retain_graph=True,
+                    create_graph=self._again,
+                    allow_unused=True,
+                )
+                rows.append(_filled(found, self._leaves))
+            return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
 def double_backward(
     loss: Loss, params: Sequence[Tensor], tangents: Sequence[Tensor], create_graph: bool = False
 ) -> list[Tensor]:
-    """``H v_k``, one k after another, by the derivative of ``<gradient, v_k>``; all of shape ``[K, *shape]``. With
-    ``create_graph`` they can be differentiated again, by the params themselves where those require a gradient."""
-    leaves = [p if create_graph and p.requires_grad else p.detach().requires_grad_() for p in params]
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    """The products of a :class:`Twice` that is not kept."""
+    return Twice(loss, params, create_graph).products(tangents)
+
+
+def once(loss: Loss, params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient alone; zeros where it is not reached."""
+    leaves = [p.detach().requires_grad_() for p in params]
+    with torch.enable_grad():
         value = loss(leaves)
         if not value.requires_grad:
-            return [torch.zeros_like(t) for t in tangents]
-        first = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-        moving = [(g, t) for g, t in zip(first, tangents, strict=True) if g is not None and g.requires_grad]
-        rows = []
-        for k in range(tangents[0].shape[0]):
-            if not moving:
-                rows.append([torch.zeros_like(p) for p in params])
-                continue
-            along = [t[k].to(g.dtype) for g, t in moving]
-            found = torch.autograd.grad(
-                [g for g, _ in moving], leaves, along, retain_graph=True, create_graph=create_graph, allow_unused=True
-            )
-            rows.append(_filled(found, params))
-        return [torch.stack(column) for column in zip(*rows, strict=True)]
+            return [torch.zeros_like(p) for p in params]
+        return _filled(torch.autograd.grad(value, leaves, allow_unused=True), params)
 
 
 def finite_difference(loss: Loss, params: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
@@ -89,22 +121,14 @@ def finite_difference(loss: Loss, params: Sequence[Tensor], tangents: Sequence[T
     function. The error is about eps^(2/3), 2e-5 in float32; of a quantizer the differences see the steps, not the
     straight-through rule."""
 
-    def gradient_at(values: list[Tensor]) -> list[Tensor]:
-        leaves = [v.requires_grad_() for v in values]
-        with torch.enable_grad():
-            value = loss(leaves)
-            if not value.requires_grad:
-                return [torch.zeros_like(p) for p in params]
-            return _filled(torch.autograd.grad(value, leaves, allow_unused=True), params)
-
     size = 1 + _norm(params)
     rows = []
     for k in range(tangents[0].shape[0]):
         along = [t[k] for t in tangents]
         length = _norm(along)
         step = torch.finfo(params[0].dtype).eps ** (1 / 3) * size / torch.where(length == 0, 1.0, length)
-        up = gradient_at([(p + step * v).detach() for p, v in zip(params, along, strict=True)])
-        down = gradient_at([(p - step * v).detach() for p, v in zip(params, along, strict=True)])
+        up = once(loss, [p + step * v for p, v in zip(params, along, strict=True)])
+        down = once(loss, [p - step * v for p, v in zip(params, along, strict=True)])
         rows.append([(a - b) / (2 * step) for a, b in zip(up, down, strict=True)])
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 

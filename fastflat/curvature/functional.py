@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastflat import _checks
-from fastflat.curvature._differentiate import double_backward, finite_difference, gradient, scalar
+from fastflat.curvature._differentiate import Twice, double_backward, finite_difference, gradient, once, scalar
 from fastflat.curvature._interpreter import Linear
 from fastflat.curvature._program import Untraceable
 from fastflat.curvature._tracing import Constants, trace
@@ -43,7 +43,7 @@ class Linearized:
             with torch.random.fork_rng(devices):
                 return scalar(name, loss_fn(*self._together(leaves)))
 
-        self._loss, self._linear = loss, None
+        self._loss, self._linear, self._twice = loss, None, None
         if method in ("auto", "engine"):
             try:
                 self._trace(tangent_dtype)
@@ -88,8 +88,26 @@ class Linearized:
                 self._give_up(reason)
         full = [p.new_zeros(len(seeds[0]), *p.shape) for p in self._points]
         full[first : first + len(seeds)] = seeds
-        rows = _LOOPS[self._method](self._loss, self._points, full)
+        if self._method == "double_backward":
+            rows = self._graph().products(full)
+        else:
+            rows = _LOOPS[self._method](self._loss, self._points, full)
         return [rows[i] for i in targets]
+
+    def _graph(self) -> Twice:
+        """The gradient's graph, which serves all products of double backward."""
+        if self._twice is None:
+            self._twice = Twice(self._loss, self._points)
+        return self._twice
+
+    def gradient(self) -> Any:
+        """The gradient at the point, like the first argument; of double backward without a pass of its own."""
+        if self._method == "double_backward":
+            found = self._graph().gradients()
+        else:
+            found = once(self._loss, self._points)
+        leaves, spec = self._trees[0]
+        return pytree.tree_unflatten(found[: len(leaves)], spec)
 
     def _give_up(self, reason: Untraceable) -> None:
         if self._method == "engine":

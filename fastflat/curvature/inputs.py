@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastflat import _checks
@@ -70,7 +69,6 @@ class InputHessian:
         def loss(x: Tensor) -> Tensor:
             return loss_fn(model(x), targets)
 
-        self._loss = loss
         self._linear = linearize(loss, self._inputs, method=method)
 
     @property
@@ -87,10 +85,7 @@ class InputHessian:
 
     def gradients(self) -> Tensor:
         """The gradients of the samples' losses by their inputs, ``[B, d]``."""
-        x = self._inputs.clone().requires_grad_()
-        with torch.enable_grad():
-            (found,) = torch.autograd.grad(self._loss(x), x)
-        return (found * self._scale).reshape(self.batch, -1)
+        return (self._linear.gradient() * self._scale).reshape(self.batch, -1)
 
     def solve(self, B: Tensor, damping: float = 0.0, tol: float = 1e-3, **options: Any) -> Estimate:
         """``(H_i + damping I) x_i = b_i`` for each row of B ``[B, d]``, samples that are done taking no further

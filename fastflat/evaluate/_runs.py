@@ -37,6 +37,18 @@ def undisturbed(model: nn.Module, *, evaluating: bool = False) -> Iterator[None]
                 module._buffers.update(buffers)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; on leaving each of its modules has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def module(name: str, model: Any) -> None:
     """Refuse what is no model."""
     if not isinstance(model, nn.Module):

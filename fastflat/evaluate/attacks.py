@@ -41,7 +41,7 @@ def fgsm(
 
     Source: Goodfellow, Shlens and Szegedy, ICLR 2015, section 4.
     """
-    attack = _Attack("evaluate.fgsm", model, x, y, eps, norm, targeted, loss, lo, hi, active)
+    attack = Attack("evaluate.fgsm", model, x, y, eps, norm, targeted, loss, lo, hi, active)
     with _runs.undisturbed(model):
         return attack.result(attack.climb(attack.centre, attack.eps, 1, freeze=False))
 
@@ -97,7 +97,7 @@ def pgd(
 
     Source: Madry et al., ICLR 2018, section 2.1.
     """
-    attack = _Attack("evaluate.pgd", model, x, y, eps, norm, targeted, loss, lo, hi, active)
+    attack = Attack("evaluate.pgd", model, x, y, eps, norm, targeted, loss, lo, hi, active)
     for argument, value in (("steps", steps), ("restarts", restarts)):
         _runs.positive_integer(attack.name, argument, value)
     if step is None:
@@ -118,7 +118,7 @@ def pgd(
     return attack.result(moved if found is None else found[0])
 
 
-class _Attack:
+class Attack:
     """The arguments of an attack, checked, and its steps."""
 
     def __init__(
@@ -209,21 +209,25 @@ class _Attack:
 
     def _losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model(x)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+        return self._of(logits), logits
+
+    def _of(self, logits: Tensor) -> Tensor:
+        """The losses of what the model returned, which must be logits ``[B, C]``; the first are looked at."""
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(self.x):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits)
-            _checks.fail(self.name, "model", f"return logits [B={len(x)}, C]", got)
+            _checks.fail(self.name, "model", f"return logits [B={len(self.x)}, C]", got)
         if not self._seen:
             self._check(logits)
             self._seen = True
         if self.loss is None:
             z = logits if logits.dtype == torch.float64 else logits.float()
-            return F.cross_entropy(z, self.y.to(z.device).long(), reduction="none"), logits
+            return F.cross_entropy(z, self.y.to(z.device).long(), reduction="none")
         losses = self.loss(logits, self.y)
         if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:
             got = list(losses.shape) if isinstance(losses, Tensor) else type(losses)
-            want = f"return one number for each sample, [B={len(x)}]"
+            want = f"return one number for each sample, [B={len(logits)}]"
             _checks.fail(self.name, "loss", want, got, "; reduction='none'")
-        return losses, logits
+        return losses
 
     def _fooled(self, logits: Tensor) -> Tensor:
         if self.loss is not None and (not isinstance(self.y, Tensor) or self.y.shape != logits.shape[:1]):
