@@ -54,6 +54,7 @@ __all__ = [
     "curvature",
     "decompress",
     "decompress_topk",
+    "distributed",
     "draw_state",
     "evaluate",
     "export",
@@ -86,6 +87,7 @@ __all__ = [
 #: Imported on first use: a tenth of a second that most programs do not need.
 _LATER = {
     "curvature": None,
+    "distributed": None,
     "evaluate": None,
     "export": None,
     "integrations": None,

@@ -77,8 +77,8 @@ def test_every_page_is_built_and_in_the_menu(site):
         assert f'href="{target}"' in menu or target == "index.html"
 
 
-@pytest.mark.parametrize("module", ["curvature", "data", "evaluate", "export", "functional", "integrations", "methods",
-                                    "optim", "quant"])  # fmt: skip
+@pytest.mark.parametrize("module", ["curvature", "data", "distributed", "evaluate", "export", "functional",
+                                    "integrations", "methods", "optim", "quant"])  # fmt: skip
 def test_reference_has_every_public_name(site, module):
     page = (site / "api" / f"{'fastflat' if module == 'functional' else module}.html").read_text()
     public = importlib.import_module(f"fastflat.{module}")

@@ -15,7 +15,7 @@ CSRC = ROOT / "csrc"
 FAMILIES = {op.family for op in _ops.OPS.values()}
 #: Families that Triton alone computes on GPUs.
 WITHOUT_CUDA = {"compressors"}
-SIBLINGS = {"quant", "optim", "curvature", "evaluate"}
+SIBLINGS = {"quant", "optim", "curvature", "evaluate", "distributed"}
 
 #: The storeys of the Python package, lowest first. A unit imports from lower storeys only. A module that is named
 #: nowhere here may import nothing of the package; everyone may import it.

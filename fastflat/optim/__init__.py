@@ -4,6 +4,8 @@
 from fastflat.optim._fused import FusedOptimizer
 from fastflat.optim._rules import BASES
 from fastflat.optim.bases import LAMB, LARS, SGD, Adam, AdamW, Gadam, GadamX, Padam
+from fastflat.optim.eight_bit import AdamW8bit
+from fastflat.optim.master import MasterWeights
 from fastflat.optim.measure import sharpness
 from fastflat.optim.sam import SAM
 from fastflat.optim.variants import GNP, GSAM, HERO, SAQ
@@ -20,9 +22,11 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "AdamW8bit",
     "FusedOptimizer",
     "Gadam",
     "GadamX",
+    "MasterWeights",
     "Padam",
     "sharpness",
 ]
