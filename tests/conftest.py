@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markers: what needs a GPU, Triton or much time is skipped with that reason, and the GPU tests are counted aloud. Every
-module is imported and every test runs from one random state, whatever ran before it."""
+"""Markers: what needs a GPU, Triton or much time is skipped with that reason, and the GPU tests are counted aloud.
+
+Every module is imported and every test runs from one random state, whatever ran before it."""
 
 import importlib.util
 
