@@ -393,7 +393,7 @@ METHOD = Method(
             *(Claim("test_accuracy", f"{name}_sam", name) for name in _LOSSES),
             Claim("rarest_smallest_eigenvalue", "ce_drw_sam", "ce_drw_steps"),
         ),
-        full=Settings(passes=500, seeds=3, images=4000, test_images=2000, batch=32),
+        full=Settings(passes=450, seeds=3, images=4000, test_images=2000, batch=32),
         quick=Settings(passes=40, seeds=1, images=1500, test_images=400, batch=32, tune=False),
         grid={"lr": (0.05, 0.1), "rho": (0.1, 0.5)},
         figure=Figure(
