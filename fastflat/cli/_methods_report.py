@@ -44,8 +44,7 @@ class Entry:
 
     @property
     def costs(self) -> list[verdict.Cost]:
-        timed = self.profile or self.records
-        return verdict.costs(timed, self.method.experiment) if timed else []
+        return verdict.costs(self.profile, self.method.experiment) if self.profile else []
 
     @property
     def metrics(self) -> list[str]:

@@ -89,7 +89,7 @@ def test_verdict(tmp_path, better, answer):
     assert loss.difference == pytest.approx(better - 1 / 6)
     assert loss.error == pytest.approx(1 / 6)
     assert verdict.verdict([accuracy, loss]) == answer
-    (cost,) = verdict.costs(records, method.experiment)
+    (cost,) = verdict.costs(list(study.profile(method, 3, tmp_path / "p.jsonl")), method.experiment)
     assert (cost.measured, cost.passes) == (2, 2)
 
 

@@ -83,22 +83,20 @@ def verdict(found: Sequence[Finding]) -> str:
     return "reproduced" if holding == len(found) else "partly" if holding else "not"
 
 
-def costs(records: Sequence[Record], experiment: Experiment) -> list[Cost]:
-    """Step times over that of the first arm: of a profile the median of each round's ratio, else medians of runs."""
+def costs(profile: Sequence[Record], experiment: Experiment) -> list[Cost]:
+    """Step times over that of the first arm: the median over the rounds of a profile, in which all arms take turns.
+
+    Runs of a study, hours apart on a machine that does other things, too, say little of a step's time.
+    """
     base = experiment.arms[0]
-    profiled = any(r.kind == "profile" for r in records)
-    found = []
+    first, found = _steps(profile, base.name), []
     for arm in experiment.arms[1:]:
-        own, first = (_steps(records, name, "profile" if profiled else "run") for name in (arm.name, base.name))
-        if profiled:
-            ratios = [own[n] / first[n] for n in sorted(set(own) & set(first))]
-            ratio = statistics.median(ratios) if ratios else math.nan
-        else:
-            ratio = statistics.median(own.values()) / statistics.median(first.values()) if own and first else math.nan
-        found.append(Cost(arm.name, ratio, arm.passes / base.passes))
+        own = _steps(profile, arm.name)
+        ratios = [own[n] / first[n] for n in sorted(set(own) & set(first))]
+        found.append(Cost(arm.name, statistics.median(ratios) if ratios else math.nan, arm.passes / base.passes))
     return found
 
 
-def _steps(records: Sequence[Record], arm: str, kind: str) -> dict[int, float]:
-    of_seeds = values(records, arm, "seconds_per_step", kind)
-    return {seed: seconds for seed, seconds in of_seeds.items() if math.isfinite(seconds)}
+def _steps(profile: Sequence[Record], arm: str) -> dict[int, float]:
+    of_rounds = values(profile, arm, "seconds_per_step", "profile")
+    return {number: seconds for number, seconds in of_rounds.items() if math.isfinite(seconds)}
