@@ -293,12 +293,11 @@ def _train(name: str, seed: int, settings: Settings) -> dict[str, float]:
     parts = lab.images(settings.images, settings.test_images)
     lo, hi = robust.pixel_range(parts)
     train = (parts.train[0].clamp(lo, hi), parts.train[1])
-    strength = settings.choice["strength"]
     hook = {
         "plain": Hook,
         "pgd": lambda: _PGD(_EPS * (hi - lo), lo, hi),
-        "cure": lambda: _Rising(strength),
-        "cure_unsquared": lambda: _Rising(strength, squared=False),
+        "cure": lambda: _Rising(settings.choice["strength"]),
+        "cure_unsquared": lambda: _Rising(settings.choice["strength"], squared=False),
     }[name]()
 
     def make(m: nn.Module) -> torch.optim.Optimizer:

@@ -122,12 +122,11 @@ def _against_sgd() -> int:
 def _train(name: str, seed: int, settings: Settings) -> dict[str, float]:
     parts = lab.images(settings.images, settings.test_images)
     common = {"lr": settings.choice["lr"], "momentum": 0.9, "weight_decay": 5e-4}
-    rho = settings.choice["rho"]
     make = {
         "sgd": lambda m: SGD(m.parameters(), **common),
         "sgd_steps": lambda m: SGD(m.parameters(), **common),
-        "sam": lambda m: SAM(m, rho=rho, **common),
-        "asam": lambda m: SAM(m, rho=10 * rho, adaptive=True, eta=0.01, **common),
+        "sam": lambda m: SAM(m, rho=settings.choice["rho"], **common),
+        "asam": lambda m: SAM(m, rho=10 * settings.choice["rho"], adaptive=True, eta=0.01, **common),
     }[name]
     net = functools.partial(ConvNet, 1, 28, parts.classes)
     done = lab.fit(net, make, parts.train, settings.steps, seed, batch=settings.batch)

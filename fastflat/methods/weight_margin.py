@@ -506,7 +506,7 @@ _ARMS: dict[str, Callable[[float], Hook]] = {
 
 def _train(name: str, seed: int, settings: Settings) -> dict[str, float]:
     parts = lab.images(settings.images, settings.test_images)
-    strength = settings.choice["strength"]
+    strength = 0.0 if name == "sgd" else settings.choice["strength"]
     common = {"lr": settings.choice["lr"], "momentum": 0.9, "weight_decay": 5e-4}
 
     def make(model: nn.Module) -> torch.optim.Optimizer:

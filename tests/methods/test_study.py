@@ -99,3 +99,34 @@ def test_two_seeds_are_too_few(tmp_path):
     records = list(study.run(method, two, tmp_path / "a.jsonl"))
     assert verdict.verdict(verdict.findings(records, method.experiment)) == "open"
     assert verdict.finding(records, Claim("loss", "base", "nobody")).seeds == 0
+
+
+def test_points_that_an_arm_reads_alike_are_one_training(tmp_path):
+    """A baseline knows no strength: its tuning trains once a rate, and its file says both points."""
+    method, _ = make()
+    ran = []
+
+    def arm(name, reads):
+        def run(seed, settings):
+            values = [settings.choice[key] for key in reads]
+            ran.append((name, seed, *values))
+            return {"seconds_per_step": 1.0, "validation_accuracy": -values[0], "test_accuracy": seed, "loss": 0.0}
+
+        return Arm(name, run)
+
+    experiment = dataclasses.replace(
+        method.experiment,
+        arms=(arm("base", ["lr"]), arm("<new>", ["lr", "strength"])),
+        grid={"lr": (0.1, 0.2), "strength": (1.0, 2.0)},
+    )
+    method = dataclasses.replace(method, experiment=experiment)
+    path = tmp_path / "a.jsonl"
+    records = list(study.run(method, experiment.full, path))
+    assert len(records) == len(study.read(path)) == study.size(experiment, experiment.full) == 14
+    tuned = [r for r in ran if r[1] == study.TUNING_SEED]
+    assert tuned == [
+        ("base", 1000, 0.1),
+        ("base", 1000, 0.2),
+        *(("<new>", 1000, lr, strength) for lr in (0.1, 0.2) for strength in (1.0, 2.0)),
+    ]
+    assert len(ran) == 6 + 6

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,26 @@ class Record:
         values = dataclasses.asdict(self)
         values["metrics"] = {k: v if math.isfinite(v) else None for k, v in self.metrics.items()}
         return json.dumps(values, sort_keys=True) + "\n"
+
+
+class _Noted(Mapping):
+    """A point of the grid that notes which of its values were read."""
+
+    def __init__(self, choice: Mapping[str, float]) -> None:
+        self._choice, self.read = choice, set()
+
+    def __getitem__(self, name: str) -> float:
+        self.read.add(name)
+        return self._choice[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._choice)
+
+    def __len__(self) -> int:
+        return len(self._choice)
+
+    def values_read(self) -> dict[str, float]:
+        return {name: self._choice[name] for name in self.read}
 
 
 def file(folder: Path, name: str, quick: bool) -> Path:
@@ -103,6 +123,9 @@ def run(
 ) -> Iterator[Record]:
     """Trains what the file does not hold yet, and yields every run, those that it held included.
 
+    Points of the grid that differ only in what an arm does not read, as a baseline does not the strength of a penalty,
+    are one training.
+
     Args:
         method: whose experiment it is.
         settings: full, quick, or changed from them.
@@ -122,14 +145,23 @@ def run(
                 " choose another folder"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
+    trained: list[tuple[str, str, int, dict[str, float], dict[str, float]]] = []
+
+    def metrics_of(kind: str, arm: Arm, seed: int, choice: dict[str, float]) -> dict[str, float]:
+        for *what, read, metrics in trained:
+            if what == [kind, arm.name, seed] and read.items() <= choice.items():
+                return metrics
+        before(f"{method.name}: {arm.name}, {'tuning ' + _words(choice) if kind == 'tune' else f'seed {seed}'}")
+        noted = _Noted(choice)
+        metrics = _metrics(experiment, arm, seed, _for_arm(settings, arm, noted), kind)
+        trained.append((kind, arm.name, seed, noted.values_read(), metrics))
+        return metrics
 
     def one(kind: str, arm: Arm, seed: int, choice: dict[str, float]) -> Record:
         for record in read(path):
             if (record.kind, record.arm, record.seed, record.choice) == (kind, arm.name, seed, choice):
                 return record
-        before(f"{method.name}: {arm.name}, {'tuning ' + _words(choice) if kind == 'tune' else f'seed {seed}'}")
-        metrics = _metrics(experiment, arm, seed, _for_arm(settings, arm, choice), kind)
-        record = Record(kind, arm.name, seed, choice, metrics, mark, _machine())
+        record = Record(kind, arm.name, seed, choice, metrics_of(kind, arm, seed, choice), mark, _machine())
         # Read anew: another process may have added lines meanwhile.
         _files.write_all({path: "".join(r.line() for r in [*read(path), record]).encode()})
         return record
@@ -166,7 +198,7 @@ def profile(
     _files.write_all({path: "".join(r.line() for r in records).encode()})
 
 
-def _for_arm(settings: Settings, arm: Arm, choice: dict[str, float]) -> Settings:
+def _for_arm(settings: Settings, arm: Arm, choice: Mapping[str, float]) -> Settings:
     steps = int(settings.passes / arm.passes)
     return dataclasses.replace(settings, choice=choice, steps=steps)
 
