@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from fastflat.cli._methods_report import ANSWERS, Entry, cost, machines, sentences
+from fastflat.cli._methods_report import ANSWERS, Entry, chosen, cost, machines, sentences
 
 #: Between these a page has the short table.
 MARKS = ("<!-- methods: start -->\n", "<!-- methods: end -->")
@@ -75,7 +75,7 @@ def page(entries: Sequence[Entry]) -> tuple[str, dict[str, str]]:
             f"**Claim.** {m.claim}",
             f"**Experiment.** {experiment.summary}{' Quick settings, which prove nothing.' if entry.quick else ''}",
             "\n".join(rows),
-            "\n".join(f"- {_cell(line)}" for line in [*sentences(entry.findings), *cost(entry)]),
+            "\n".join(f"- {_cell(line)}" for line in [*sentences(entry.findings), *chosen(entry), *cost(entry)]),
             f"**Answer: {answer(entry)}.** {experiment.tried}".strip(),
             f"![{m.name}: {experiment.figure.ylabel or ', '.join(experiment.figure.metrics)}]({FIGURES}/{m.name}.svg)",
             f"Machine: {'; '.join(machines(entry))}.",

@@ -128,6 +128,21 @@ def sentences(findings: Sequence[verdict.Finding]) -> list[str]:
     ]
 
 
+def chosen(entry: Entry) -> list[str]:
+    """The point of the grid that each arm took, and a warning where a largest or smallest value was the best."""
+    points = {r.arm: r.choice for r in entry.records if r.kind == "run"}
+    tuned = {r.arm for r in entry.records if r.kind == "tune"}
+    if not tuned:
+        return []
+    words = {arm: ", ".join(f"{name} {value:g}" for name, value in point.items()) for arm, point in points.items()}
+    grid = entry.method.experiment.grid
+    ends = [a for a, p in points.items() if any(v in (min(grid[n]), max(grid[n])) for n, v in p.items() if n in grid)]
+    lines = ["chosen on validation examples: " + "; ".join(f"{arm}: {text}" for arm, text in words.items())]
+    if ends:
+        lines.append(f"at an end of the grid, so that a wider one may change the answer: {', '.join(ends)}")
+    return lines
+
+
 def cost(entry: Entry) -> list[str]:
     """The step of each arm beside the first's."""
     base = entry.method.experiment.arms[0].name
@@ -151,7 +166,7 @@ def html(entries: Sequence[Entry]) -> str:
             "ran": bool(entry.records),
             "quick": entry.quick,
             "answer": ANSWERS[entry.verdict],
-            "sentences": sentences(entry.findings) if entry.records else [],
+            "sentences": [*sentences(entry.findings), *chosen(entry)] if entry.records else [],
             "table": [(arm, [entry.cell(arm, metric) for metric in entry.metrics]) for arm in arms],
             "metrics": entry.metrics,
             "cost": cost(entry),

@@ -89,12 +89,11 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    if p.grad.is_sparse:
-                        raise RuntimeError("optim.AdamW8bit: gradients must be dense, got a sparse one")
-                    self._update(p, group)
+        found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(p.grad.is_sparse for p, _ in found):  # before any of them moves
+            raise RuntimeError("optim.AdamW8bit: gradients must be dense, got a sparse one")
+        for p, group in found:
+            self._update(p, group)
         return loss
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:

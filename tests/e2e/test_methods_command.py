@@ -81,6 +81,8 @@ def test_run_and_report(command, one, tmp_path):
     assert r"On \<toys\> ([2101.00001](https://arxiv.org/abs/2101.00001))" in text
     assert "**Answer: reproduced.**" in text
     assert "(figures/toy.svg)" in text
+    assert r"- chosen on validation examples: base: lr 0.1; \<new\>: lr 0.3" in text
+    assert r"a wider one may change the answer: base, \<new\>" in text
     assert (tmp_path / "figures" / "toy.svg").read_text().count("<svg") == 1
     lines = (tmp_path / "read.md").read_text().splitlines()
     assert [lines[0], lines[-1], len(lines)] == ["before", "after", 7]

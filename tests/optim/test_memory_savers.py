@@ -141,3 +141,14 @@ def test_masters_step_as_fp32_weights_and_skip_what_overflows():
         fresh[0].weight.fill_(2.0)
     other.adopt()
     assert (other._masters[0] == 2).all()
+
+
+def test_a_sparse_gradient_moves_nothing():
+    """Not even the parameters before it."""
+    dense, table = torch.nn.Parameter(torch.ones(4)), torch.nn.Embedding(5, 3, sparse=True)
+    opt = AdamW8bit([dense, table.weight], lr=0.1)
+    (dense.sum() + table(torch.tensor([1, 2])).sum()).backward()
+    with pytest.raises(RuntimeError, match="gradients must be dense"):
+        opt.step()
+    assert torch.equal(dense, torch.ones(4))
+    assert not opt.state
