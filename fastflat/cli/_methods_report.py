@@ -129,17 +129,16 @@ def sentences(findings: Sequence[verdict.Finding]) -> list[str]:
 
 
 def chosen(entry: Entry) -> list[str]:
-    """The point of the grid that each arm took, and a warning where a largest or smallest value was the best."""
+    """The point that each arm took, and a warning where a largest or smallest value was the best."""
     points = {r.arm: r.choice for r in entry.records if r.kind == "run"}
-    tuned = {r.arm for r in entry.records if r.kind == "tune"}
-    if not tuned:
+    tuned = {arm: [r for r in entry.records if r.kind == "tune" and r.arm == arm] for arm in points}
+    if not any(tuned.values()):
         return []
     words = {arm: ", ".join(f"{name} {value:g}" for name, value in point.items()) for arm, point in points.items()}
-    grid = entry.method.experiment.grid
-    ends = [a for a, p in points.items() if any(v in (min(grid[n]), max(grid[n])) for n, v in p.items() if n in grid)]
+    ends = [arm for arm, tried in tuned.items() if tried and study.further(entry.method.experiment, tried)]
     lines = ["chosen on validation examples: " + "; ".join(f"{arm}: {text}" for arm, text in words.items())]
     if ends:
-        lines.append(f"at an end of the grid, so that a wider one may change the answer: {', '.join(ends)}")
+        lines.append(f"at an end of what was tried, so that more may change the answer: {', '.join(ends)}")
     return lines
 
 

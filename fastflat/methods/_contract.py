@@ -140,7 +140,8 @@ class Experiment:
         full, quick: settings; the quick ones show that it works, within two minutes, and prove nothing.
         figure: what the report draws.
         grid: values by name, such as ``{"lr": (0.1, 0.03, 0.3)}``: each arm alike takes the point of the highest
-            ``tuned_on``; a single dictionary for all arms, so that baselines are tuned as the method is.
+            ``tuned_on``, and tries more where that lies at an end (``lab.study.further``); a single dictionary for all
+            arms, so that baselines are tuned as the method is.
         tuned_on: the metric, on validation examples, that chooses.
         tried: what else was tried where a claim does not show, and what stands against it; the report prints it.
     """

@@ -15,11 +15,12 @@ from .toy import make
 def test_arms_are_tuned_alike_with_equal_passes(tmp_path):
     method, ran = make()
     records = list(study.run(method, method.experiment.full, tmp_path / "a.jsonl"))
-    assert len(records) == study.size(method.experiment, method.experiment.full) == 2 * (3 + 3)
-    for name, best, steps in (("base", 0.1, 101), ("<new>", 0.3, 50)):
+    assert study.size(method.experiment, method.experiment.full) == 2 * (3 + 3)
+    assert len(records) == 2 * (3 + 1 + 3)
+    for name, best, beyond, steps in (("base", 0.1, 0.05, 101), ("<new>", 0.3, 0.45, 50)):
         own = [r for r in ran if r[0] == name]
         assert [(seed, choice["lr"]) for _, seed, choice, _ in own] == [
-            *((study.TUNING_SEED, lr) for lr in (0.2, 0.1, 0.3)),
+            *((study.TUNING_SEED, lr) for lr in (0.2, 0.1, 0.3, beyond)),
             *((seed, best) for seed in range(3)),
         ]
         assert {n for *_, n in own} == {steps}
@@ -34,12 +35,12 @@ def test_finished_runs_are_not_trained_again(tmp_path):
     ran.clear()
     records = list(study.run(method, method.experiment.full, path))
     assert records[:5] == first
-    assert len(ran) == 7
+    assert len(ran) == 9
     more = dataclasses.replace(method.experiment.full, seeds=4)
     ran.clear()
     list(study.run(method, more, path))
     assert [(name, seed) for name, seed, *_ in ran] == [("base", 3), ("<new>", 3)]
-    assert len(study.read(path)) == 14
+    assert len(study.read(path)) == 16
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path):
@@ -110,23 +111,69 @@ def test_points_that_an_arm_reads_alike_are_one_training(tmp_path):
         def run(seed, settings):
             values = [settings.choice[key] for key in reads]
             ran.append((name, seed, *values))
-            return {"seconds_per_step": 1.0, "validation_accuracy": -values[0], "test_accuracy": seed, "loss": 0.0}
+            good = -abs(values[0] - 0.1)
+            return {"seconds_per_step": 1.0, "validation_accuracy": good, "test_accuracy": seed, "loss": 0.0}
 
         return Arm(name, run)
 
     experiment = dataclasses.replace(
         method.experiment,
         arms=(arm("base", ["lr"]), arm("<new>", ["lr", "strength"])),
-        grid={"lr": (0.1, 0.2), "strength": (1.0, 2.0)},
+        grid={"lr": (0.1, 0.05, 0.2), "strength": (1.0, 2.0)},
     )
     method = dataclasses.replace(method, experiment=experiment)
     path = tmp_path / "a.jsonl"
     records = list(study.run(method, experiment.full, path))
-    assert len(records) == len(study.read(path)) == study.size(experiment, experiment.full) == 14
+    assert len(records) == len(study.read(path)) == study.size(experiment, experiment.full) == 18
     tuned = [r for r in ran if r[1] == study.TUNING_SEED]
     assert tuned == [
-        ("base", 1000, 0.1),
-        ("base", 1000, 0.2),
-        *(("<new>", 1000, lr, strength) for lr in (0.1, 0.2) for strength in (1.0, 2.0)),
+        *(("base", 1000, lr) for lr in (0.1, 0.05, 0.2)),
+        *(("<new>", 1000, lr, strength) for lr in (0.1, 0.05, 0.2) for strength in (1.0, 2.0)),
     ]
-    assert len(ran) == 6 + 6
+    assert len(ran) == 9 + 6
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "chosen", "enclosed"),
+    [
+        ({"lr": 11, "strength": 1.5}, [(4, 2), (8, 2), (16, 2), (8, 4)], (8, 2), True),
+        ({"lr": 0.2, "strength": 2.1}, [(0.5, 2), (0.25, 2), (0.125, 2), (0.25, 4)], (0.25, 2), True),
+        ({"lr": 1e9, "strength": 1e9}, [(4, 2), (8, 2), (16, 2), (32, 2)], (32, 2), False),
+        ({"lr": 2, "strength": 0.9}, [(4, 1), (2, 0.5)], (2, 1), True),
+    ],
+)
+def test_an_arm_looks_beyond_the_end_of_the_grid(tmp_path, best, tried, chosen, enclosed):
+    method, _ = make()
+
+    def arm(name):
+        def run(seed, settings):
+            good = -sum(abs(math.log(settings.choice[key] / best[key])) for key in best)
+            return {"seconds_per_step": 1.0, "validation_accuracy": good, "test_accuracy": seed, "loss": 0.0}
+
+        return Arm(name, run)
+
+    experiment = dataclasses.replace(
+        method.experiment, arms=(arm("base"), arm("<new>")), grid={"lr": (1.0, 2.0), "strength": (1.0, 2.0)}
+    )
+    method = dataclasses.replace(method, experiment=experiment)
+    path = tmp_path / "a.jsonl"
+    list(study.run(method, experiment.full, path))
+    for name in ("base", "<new>"):
+        own = [r for r in study.read(path) if r.arm == name]
+        tuned = [r for r in own if r.kind == "tune"]
+        assert [(r.choice["lr"], r.choice["strength"]) for r in tuned[4:]] == tried
+        assert [tuple(r.choice.values()) for r in own if r.kind == "run"] == [chosen] * 3
+        assert (study.further(experiment, tuned) is None) == enclosed
+
+
+def test_runs_of_a_point_that_is_no_longer_the_best_go(tmp_path):
+    method, ran = make()
+    path = tmp_path / "a.jsonl"
+    records = list(study.run(method, method.experiment.full, path))
+    stale = [dataclasses.replace(r, choice={"lr": 0.2}) if r.kind == "run" else r for r in records]
+    path.write_text("".join(r.line() for r in stale))
+    ran.clear()
+    list(study.run(method, method.experiment.full, path))
+    assert len(ran) == 6
+    kept = [(r.arm, r.seed, r.choice["lr"]) for r in study.read(path) if r.kind == "run"]
+    assert kept == [(name, seed, lr) for name, lr in (("base", 0.1), ("<new>", 0.3)) for seed in range(3)]

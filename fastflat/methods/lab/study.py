@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from fastflat.methods._contract import Arm, Experiment, Method, Settings
 
 #: Seed of the runs that choose from the grid; those that are reported have the seeds 0, 1, ...
 TUNING_SEED = 1000
+#: Points that an arm may try beyond the grid while its best one lies at an end.
+FURTHER = 4
 _KEYS = {"kind", "arm", "seed", "choice", "metrics", "settings", "machine"}
 
 
@@ -112,8 +114,35 @@ def points(experiment: Experiment) -> list[dict[str, float]]:
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*experiment.grid.values())]
 
 
+def further(experiment: Experiment, tuned: Sequence[Record]) -> dict[str, float] | None:
+    """What an arm tries next: its best point with one value moved on, in the ratio of the last two, where no greater
+    or no smaller one was tried; None where the best point has neighbours on all sides.
+
+    Values that are not positive, and those that the arm does not read, stay.
+    """
+    best = max(tuned, key=lambda r: _score(r.metrics[experiment.tuned_on]))
+    for name in experiment.grid:
+        values, value = sorted({r.choice[name] for r in tuned}), best.choice[name]
+        if len(values) < 2 or not _reads(tuned, name):
+            continue
+        for end, neighbour in (values[:2], values[:-3:-1]):
+            if end == value and end > 0 and neighbour > 0:
+                return {**best.choice, name: float(f"{end * end / neighbour:.3g}")}
+    return None
+
+
+def _reads(tuned: Sequence[Record], name: str) -> bool:
+    """Whether points that differ only in that value have different metrics."""
+    by_rest: dict[tuple, dict[str, float]] = {}
+    for r in tuned:
+        rest = tuple(v for k, v in r.choice.items() if k != name)
+        if by_rest.setdefault(rest, r.metrics) != r.metrics:
+            return True
+    return False
+
+
 def size(experiment: Experiment, settings: Settings) -> int:
-    """How many trainings there are in all."""
+    """How many trainings there are in all, if no arm looks beyond the grid."""
     tuning = len(points(experiment)) if _tunes(experiment, settings) else 0
     return len(experiment.arms) * (tuning + settings.seeds)
 
@@ -124,7 +153,8 @@ def run(
     """Trains what the file does not hold yet, and yields every run, those that it held included.
 
     Points of the grid that differ only in what an arm does not read, as a baseline does not the strength of a penalty,
-    are one training.
+    are one training. An arm whose best point lies at an end of the grid tries up to four more beyond it
+    (:func:`further`).
 
     Args:
         method: whose experiment it is.
@@ -162,8 +192,9 @@ def run(
             if (record.kind, record.arm, record.seed, record.choice) == (kind, arm.name, seed, choice):
                 return record
         record = Record(kind, arm.name, seed, choice, metrics_of(kind, arm, seed, choice), mark, _machine())
-        # Read anew: another process may have added lines meanwhile.
-        _files.write_all({path: "".join(r.line() for r in [*read(path), record]).encode()})
+        # Read anew: another process may have added lines meanwhile. Runs of a point that is no longer the best one go.
+        kept = [r for r in read(path) if (r.kind, r.arm) != (kind, arm.name) or kind == "tune" or r.choice == choice]
+        _files.write_all({path: "".join(r.line() for r in [*kept, record]).encode()})
         return record
 
     for arm in experiment.arms:
@@ -172,6 +203,9 @@ def run(
         if _tunes(experiment, settings):
             tuned = [one("tune", arm, TUNING_SEED, point) for point in grid]
             yield from tuned
+            while len(tuned) < len(grid) + FURTHER and (point := further(experiment, tuned)):
+                tuned.append(one("tune", arm, TUNING_SEED, point))
+                yield tuned[-1]
             choice = max(tuned, key=lambda r: _score(r.metrics[experiment.tuned_on])).choice
         for seed in range(settings.seeds):
             yield one("run", arm, seed, choice)
