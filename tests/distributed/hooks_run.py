@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rank does; started by torchrun from test_hooks.py. Arguments: folder for files, names of checks."""
+"""What every rank does, for test_hooks.py."""
 
 from __future__ import annotations
 
 import copy
-import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastflat as ff
 from fastflat.distributed import Compression, compress_gradients, powersgd, shard
 
-CHECKS = {}
 METHODS = ("sign", "qsgd", "terngrad", "topk")
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
 
 
 def network(dtype=torch.float64) -> nn.Module:
@@ -57,7 +48,6 @@ def same_on_all(tensor) -> bool:
     return all(torch.equal(gathered[0], other) for other in gathered)
 
 
-@check
 def one_bucket_is_the_exchange_by_hand(folder):
     world, rank = dist.get_world_size(), dist.get_rank()
     for method in METHODS:
@@ -91,7 +81,6 @@ def one_bucket_is_the_exchange_by_hand(folder):
             assert hook.bytes_sent < hook.bytes_full / 3.8
 
 
-@check
 def nothing_is_lost_where_buckets_are_ordered_anew(folder):
     for method in METHODS:
         local, model = network(), parallel(network())
@@ -112,7 +101,6 @@ def nothing_is_lost_where_buckets_are_ordered_anew(folder):
         assert hook.residual("0.weight").any()
 
 
-@check
 def trains_as_with_whole_gradients(folder):
     losses = {}
     for method in (None, *METHODS):
@@ -132,7 +120,6 @@ def trains_as_with_whole_gradients(folder):
     assert all(loss < last[None] + 0.1 for loss in last.values()), last
 
 
-@check
 def a_stopped_run_goes_on(folder):
     for method in METHODS:
         local, model = network(), parallel(network())
@@ -161,7 +148,6 @@ def a_stopped_run_goes_on(folder):
     assert all(torch.equal(hook.residual(name), r) for name, r in state["residual"].items())
 
 
-@check
 def first_passes_are_whole_and_sixteen_bits_work(folder):
     for dtype in (torch.float64, torch.bfloat16):
         local, model = network(dtype), parallel(network(dtype))
@@ -180,7 +166,6 @@ def first_passes_are_whole_and_sixteen_bits_work(folder):
         assert torch.equal(hook.residual("0.weight"), before / 2)
 
 
-@check
 def an_overflow_is_seen_by_all(folder):
     model = parallel(network(torch.float32))
     hook = compress_gradients(model, "sign")
@@ -198,7 +183,6 @@ def an_overflow_is_seen_by_all(folder):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@check
 def low_rank(folder):
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(40, 30, bias=False))
@@ -213,7 +197,6 @@ def low_rank(folder):
     assert state.matrix_approximation_rank == 2
 
 
-@check
 def sharded(folder):
     whole, model = network(), shard(network())
     opt = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (whole, model)]
@@ -237,7 +220,6 @@ def sharded(folder):
     assert type(fresh[0].weight) is nn.Parameter
 
 
-@check
 def bad_input(folder):
     model = DistributedDataParallel(network())
     for call, kind, text in (
@@ -253,30 +235,3 @@ def bad_input(folder):
     compress_gradients(model)  # nothing was registered before
     with pytest.raises(RuntimeError):
         compress_gradients(model)
-
-
-def main() -> None:
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {}
-    for name in names:
-        try:
-            CHECKS[name](folder)
-            results[name] = "passed"
-        except Exception as error:  # reported by the test, with the others
-            results[name] = f"{type(error).__name__}: {error}"
-            print(dist.get_rank(), name, results[name], flush=True)
-        failed = torch.tensor(float(results[name] != "passed"))
-        dist.all_reduce(failed)
-        if failed and results[name] == "passed":
-            results[name] = "failed on another rank"
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, results)
-    if dist.get_rank() == 0:
-        (folder / "results.json").write_text(json.dumps(everyone))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

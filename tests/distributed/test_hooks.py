@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,28 +10,15 @@ import pytest
 import torch
 
 from fastflat.distributed import Compression, compress_gradients, powersgd, shard
+from tests.ranks import checks_of, needs_gloo, on_ranks
 
 SCRIPT = Path(__file__).with_name("hooks_run.py")
-NAMES = [
-    node.name
-    for node in ast.parse(SCRIPT.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.decorator_list
-]
-needs_gloo = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs a torch with gloo"
-)
+NAMES = checks_of(SCRIPT)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("hooks")
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT, folder, *NAMES],
-        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    file = folder / "results.json"
-    assert file.is_file(), run.stdout[-2000:] + run.stderr[-4000:]
-    return json.loads(file.read_text())
+    return on_ranks(2, SCRIPT, NAMES, tmp_path_factory.mktemp("hooks"))
 
 
 @needs_gloo

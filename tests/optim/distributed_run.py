@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rank does; started by torchrun from test_distributed.py. Arguments: folder for files, names of checks."""
+"""What every rank does, for test_distributed.py."""
 
 from __future__ import annotations
 
 import copy
-import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -21,13 +19,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from fastflat import optim
-
-CHECKS = {}
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
 
 
 def network(dtype=torch.float64) -> nn.Module:
@@ -84,7 +75,6 @@ MAKERS = {
 }
 
 
-@check
 def synchronised(folder: Path) -> None:
     """DDP, both passes synchronised: replicas equal in every bit, the run of one process to 1e-12."""
     for name, make in MAKERS.items():
@@ -98,7 +88,6 @@ def synchronised(folder: Path) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
 
 
-@check
 def each_its_own_ascent(folder: Path) -> None:
     """m-SAM, the first pass under no_sync: perturbations differ, after 100 steps replicas are equal in every bit."""
     for storage in ("backup", "swap"):
@@ -117,7 +106,6 @@ def each_its_own_ascent(folder: Path) -> None:
         assert all_equal(model.parameters()), storage
 
 
-@check
 def one_rank_overflows(folder: Path) -> None:
     """m-SAM under loss scaling: an infinity in the first pass of one rank stops the step of all."""
     model = DistributedDataParallel(network(torch.float32))
@@ -151,7 +139,6 @@ def whole(tensors):
     return [t.detach().full_tensor() for t in tensors]
 
 
-@check
 def sharded(folder: Path) -> None:
     """FSDP2, uneven and empty shards: the run of one process, in fp64 to 1e-10 and in fp32 to 1e-6."""
     for name, make in MAKERS.items():
@@ -169,7 +156,6 @@ def sharded(folder: Path) -> None:
         assert not opt.is_perturbed
 
 
-@check
 def sharded_restore(folder: Path) -> None:
     """Exact on every shard; storage='swap' is refused with one line."""
     model = shard(network(torch.bfloat16))
@@ -199,7 +185,6 @@ def trained(steps: int):
     return model, opt
 
 
-@check
 def saves(folder: Path) -> None:
     """For `loads`, which another number of ranks runs."""
     model, opt = trained(3)
@@ -216,7 +201,6 @@ def saves(folder: Path) -> None:
         torch.save(local, folder / "plain.pt")
 
 
-@check
 def loads(folder: Path) -> None:
     """A distributed checkpoint of other ranks goes on as one process would; a plain state of theirs is refused."""
     torch.manual_seed(99)
@@ -237,29 +221,3 @@ def loads(folder: Path) -> None:
     for number, values in opt.state_dict()["state"].items():
         assert all(torch.equal(getattr(v, "_local_tensor", v), getattr(before["state"][number][k], "_local_tensor", v))
                    for k, v in values.items())  # fmt: skip
-
-
-def main() -> None:
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {}
-    for name in names:
-        try:
-            CHECKS[name](folder)
-            results[name] = "passed"
-        except Exception as error:  # reported by the test, with the others
-            results[name] = f"{type(error).__name__}: {error}"
-        failed = torch.tensor(float(results[name] != "passed"))
-        dist.all_reduce(failed)
-        if failed and results[name] == "passed":
-            results[name] = "failed on another rank"
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, results)
-    if dist.get_rank() == 0:
-        (folder / f"results-{dist.get_world_size()}.json").write_text(json.dumps(everyone))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

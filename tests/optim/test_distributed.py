@@ -3,19 +3,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="needs a torch with gloo",
-)
+from tests.ranks import needs_gloo, on_ranks
+
+pytestmark = needs_gloo
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 #: What each number of ranks does; four first, whose checkpoint two then load.
@@ -27,17 +21,8 @@ CHECKS = {
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory) -> dict[int, list[dict[str, str]]]:
-    folder, found = tmp_path_factory.mktemp("distributed"), {}
-    for ranks, names in CHECKS.items():
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        run = subprocess.run(
-            [*command, str(SCRIPT), str(folder), *names],
-            capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        file = folder / f"results-{ranks}.json"
-        assert file.is_file(), run.stdout[-2000:] + run.stderr[-4000:]
-        found[ranks] = json.loads(file.read_text())
-    return found
+    folder = tmp_path_factory.mktemp("distributed")
+    return {ranks: on_ranks(ranks, SCRIPT, names, folder) for ranks, names in CHECKS.items()}
 
 
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in CHECKS.items() for name in names])
