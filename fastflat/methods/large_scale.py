@@ -48,6 +48,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,19 +109,16 @@ def warmup_cosine(steps: int, rise: int, start: float = 0.0) -> Callable[[int], 
             f" {start!r}"
         )
 
-    def factor(step: int) -> float:
-        if step < rise:
-            return start + (1 - start) * step / rise
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / (steps - rise))))
-
-    return factor
+    fall = lab.cosine(steps - rise)
+    return lambda step: start + (1 - start) * step / rise if step < rise else fall(step - rise)
 
 
 def checkpoint_activations(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """Submodules keep their inputs alone and compute again in the backward pass what lies between.
 
-    Random states are replayed, and statistics of batch normalisation move once a step, as without it: gradients and
-    buffers are the same bits. In evaluation mode or without gradients nothing is computed twice.
+    The second time random states and buffers (running statistics, ranges of quantizers) are those of the first, and
+    buffers move once a step, as without it: gradients and buffers are the same bits. In evaluation mode or without
+    gradients nothing is computed twice.
 
     Args:
         model: changed in place; the modules stay what and where they are.
@@ -146,22 +144,37 @@ def checkpoint_activations(model: nn.Module, names: Iterable[str]) -> nn.Module:
 def _again(module: nn.Module, forward: Callable, *args, **kwargs):
     if not (module.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
-    contexts = lambda: (contextlib.nullcontext(), _still(module))  # noqa: E731
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=functools.partial(_contexts, module), **kwargs)
 
 
-@contextlib.contextmanager
-def _still(module: nn.Module) -> Iterator[None]:
-    """Batch normalisation moves copies of its running statistics."""
-    kinds = nn.modules.batchnorm._BatchNorm
-    kept = [(m, dict(m._buffers)) for m in module.modules() if isinstance(m, kinds) and m.track_running_stats]
-    for m, buffers in kept:
-        m._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
-    try:
-        yield
-    finally:
-        for m, buffers in kept:
+def _contexts(module: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    return contextlib.nullcontext(), _Replay(module)
+
+
+class _Replay:
+    """Inside, buffers are as they were when it was made, and changes of them are lost; as often as a graph is kept."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._before = self._copied([(m, m._buffers) for m in module.modules() if m._buffers])
+
+    def __enter__(self) -> None:
+        self._after = [(m, dict(m._buffers)) for m, _ in self._before]
+        for m, buffers in self._copied(self._before):
             m._buffers.update(buffers)
+
+    def __exit__(self, *raised: object) -> None:
+        for m, buffers in self._after:
+            m._buffers.update(buffers)
+
+    @staticmethod
+    def _copied(held: list[tuple[nn.Module, dict[str, Any]]]) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """Buffers that are one stay one."""
+        copies: dict[int, Tensor] = {}
+
+        def copy_of(b: Tensor | None) -> Tensor | None:
+            return None if b is None else copies.setdefault(id(b), b.detach().clone())
+
+        return [(m, {name: copy_of(b) for name, b in buffers.items()}) for m, buffers in held]
 
 
 # Checks --------------------------------------------------------------------------------------------------------------

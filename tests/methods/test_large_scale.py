@@ -38,6 +38,33 @@ def test_checkpointing_changes_nothing_but_what_is_kept(autocast):
     assert torch.equal(plain(x), model(x))
 
 
+class Counting(nn.Module):
+    """A layer with state of its own, of no kind that torch knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+def test_checkpointing_leaves_any_buffer_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), Counting())
+    plain = copy.deepcopy(model)
+    ff.methods.checkpoint_activations(model, ["1"])
+    x = torch.randn(4, 3)
+    for _ in range(2):
+        for m in (plain, model):
+            loss = m(x).sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+    assert model[1].calls == plain[1].calls == 2
+    assert torch.equal(model[0].weight.grad, plain[0].weight.grad)
+
+
 def test_warmup_starts_at_the_small_rate_and_ends_at_none():
     factor = ff.methods.warmup_cosine(100, 10, 1 / 16)
     assert factor(0) == 1 / 16
