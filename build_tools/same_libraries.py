@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make matrix``: the fastflat of another Python must hold the very library files of the wheel built here.
-
-Usage: same_libraries.py WHEEL PYTHON. Prints both environments and exits with 1 when a file differs or does not load.
-"""
+"""``make matrix``: the fastflat of another Python must hold the very library files of the wheel built here."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import subprocess
-import sys
 import zipfile
 from typing import Any
 
@@ -51,15 +47,3 @@ def compare(wheel: str, there: dict[str, Any]) -> bool:
         print(f"{name}: sha256 {digest[:16]}, {'the same file' if same else 'ANOTHER FILE'}, {reason}")
         right &= same and (name != "cpu" or loaded)
     return right
-
-
-def main(wheel: str, python: str) -> int:
-    try:
-        return 0 if compare(wheel, report(python)) else 1
-    except OSError as error:
-        print(error, file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -18,13 +18,11 @@ def undisturbed(model: nn.Module, *, evaluating: bool = False) -> Iterator[None]
     """Inside, the model works on copies of its buffers, and its random draws are undone on leaving; so are its modes,
     which are those of evaluation inside if asked. The buffers themselves are never written."""
     copies: dict[int, Tensor] = {}
-    held = []
-    for module in model.modules():
-        held.append((module, module.training, dict(module._buffers)))
+    held = [(module, dict(module._buffers)) for module in model.modules()]
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices, key=str)):
+    with torch.random.fork_rng(sorted(devices, key=str)), _modes_kept(model):
         try:
-            for module, _, buffers in held:
+            for module, buffers in held:
                 for name, buffer in buffers.items():
                     if buffer is not None:
                         module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
@@ -32,16 +30,21 @@ def undisturbed(model: nn.Module, *, evaluating: bool = False) -> Iterator[None]
                 model.eval()
             yield
         finally:
-            for module, training, buffers in held:
-                module.training = training
+            for module, buffers in held:
                 module._buffers.update(buffers)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in evaluation mode; on leaving each of its modules has its own mode again."""
+    with _modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         yield
     finally:

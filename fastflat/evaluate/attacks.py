@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflat import _checks
+from fastflat._ops import compute_dtype
 from fastflat.evaluate import _ball, _runs
 
 #: ``loss(logits [B, C], y) -> [B]``, one number for each sample.
@@ -220,7 +221,7 @@ class Attack:
             self._check(logits)
             self._seen = True
         if self.loss is None:
-            z = logits if logits.dtype == torch.float64 else logits.float()
+            z = logits.to(compute_dtype(logits.dtype))
             return F.cross_entropy(z, self.y.to(z.device).long(), reduction="none")
         losses = self.loss(logits, self.y)
         if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:

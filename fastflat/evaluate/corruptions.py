@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastflat import _checks
+from fastflat._ops import compute_dtype
 
 Generator = torch.Generator | None
 
@@ -45,7 +46,7 @@ def corrupt(x: Tensor, name: str, severity: int, *, generator: Generator = None)
 def applied(x: Tensor, name: str, severity: int, generator: Generator) -> Tensor:
     """As :func:`corrupt`, of arguments that are known to be right."""
     function, values = CORRUPTIONS[name]
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(compute_dtype(x.dtype))
     return function(wide, values[severity - 1], generator).clamp(0, 1).to(x.dtype)
 
 

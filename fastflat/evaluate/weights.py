@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastflat import _checks
+from fastflat._ops import compute_dtype
 from fastflat._spec import QuantSpec
 from fastflat.evaluate import _runs
 
@@ -110,7 +111,7 @@ def _mean_loss(
 ) -> tuple[float, list[Tensor]]:
     """The mean loss over all data and its gradients, batches weighing as many as their rows."""
     total, rows = 0.0, 0
-    sums = None if weights is None else [torch.zeros_like(w, dtype=_wide(w)) for w in weights]
+    sums = None if weights is None else [torch.zeros_like(w, dtype=compute_dtype(w.dtype)) for w in weights]
     with _runs.undisturbed(model), torch.set_grad_enabled(weights is not None):
         for inputs, targets in _runs.pairs(_NAME, data):
             size = _rows(inputs)
@@ -167,7 +168,3 @@ def _rows(inputs: Any) -> int:
     if not sized:
         _checks.fail(_NAME, "data", "hold tensors with rows", "a batch without any")
     return len(sized[0])
-
-
-def _wide(w: Tensor) -> torch.dtype:
-    return w.dtype if w.dtype == torch.float64 else torch.float32

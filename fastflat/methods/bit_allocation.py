@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastflat import _checks
+from fastflat._ops import compute_dtype
 from fastflat._spec import QuantSpec
 from fastflat.functional import fake_quantize, fake_quantize_dynamic
 from fastflat.quant._initial import scale_from
@@ -66,7 +67,7 @@ def rounded(w: Tensor, bits: int, spec: QuantSpec | None = None, scale: str = "m
     if scale != "mse":
         _checks.fail("methods.rounded", "scale", "be 'mse' or 'absmax'", repr(scale))
     found, zero_point = scale_from(w, spec, "mse", "a weight")
-    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+    wide = compute_dtype(w.dtype)
     return fake_quantize(w, found.to(wide), zero_point if zero_point is None else zero_point.to(wide), spec=spec)
 
 

@@ -56,6 +56,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflat import _checks
+from fastflat._ops import compute_dtype
 from fastflat._spec import QuantSpec
 from fastflat.functional import binarize, fake_quantize
 from fastflat.methods import lab
@@ -125,7 +126,7 @@ class BinaryLayer(nn.Module):
         self.register_parameter("scale", None)
         if activations:
             self.threshold = nn.Parameter(torch.zeros(self.channels, device=w.device, dtype=w.dtype))
-            compute = torch.float64 if w.dtype == torch.float64 else torch.float32
+            compute = compute_dtype(w.dtype)
             self.scale = nn.Parameter(torch.ones((), device=w.device, dtype=compute))
 
     def _rotated(self, rows: Tensor, back: bool) -> Tensor:
@@ -188,11 +189,6 @@ def _columns(y: Tensor, options: dict[str, Any], groups: int) -> Tensor:
     if not options:
         return y.reshape(1, -1, y.shape[-1])
     return y.view(len(y), groups, y.shape[1] // groups, -1).permute(1, 0, 3, 2).flatten(1, 2)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In fp32, fp64 for fp64."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def decorrelate(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -362,13 +358,15 @@ def _made(
     layer = copy.deepcopy(layer)
     options, groups = _options(layer), getattr(layer, "groups", 1)
     x, y = torch.cat([i for i, _, _ in seen]), torch.cat(wanted)
+    compute = compute_dtype(layer.weight.dtype)
     plain = BinaryLayer(layer, activations=activations)
     if activations:
         axes = [0, 2, 3] if options and x.dim() == 4 else list(range(x.dim() - 1))
         plain.threshold.copy_(x.mean(axes))
         t = plain.threshold[:, None, None] if options else plain.threshold
         plain.scale.copy_((x - t).abs().mean().clamp_min(torch.finfo(plain.scale.dtype).tiny))
-    rows, outputs = _wide(_rows(plain.binary_input(x), options, groups)), _wide(_columns(y, options, groups))
+    rows = _rows(plain.binary_input(x), options, groups).to(compute)
+    outputs = _columns(y, options, groups).to(compute)
     if match:
         layer.weight.copy_(_refit(rows, outputs).view_as(layer.weight))
     mean, values, basis = decorrelate(rows)
@@ -377,7 +375,7 @@ def _made(
         basis = torch.eye(rows.shape[2], device=rows.device, dtype=rows.dtype).expand_as(basis)
     importance = None
     if weighted:
-        g = _wide(_columns(torch.cat([g for _, _, g in seen]), options, groups))
+        g = _columns(torch.cat([g for _, _, g in seen]), options, groups).to(compute)
         importance = g.square().transpose(1, 2) @ ((rows - mean) @ basis).square() / rows.shape[1]
         # A unit of their own, so that small gradients stay above the smallest number.
         importance = (importance / importance.mean().clamp_min(torch.finfo(g.dtype).tiny)).flatten(0, 1)
@@ -385,8 +383,8 @@ def _made(
     largest = max(n for n in range(1, min(blocks, size) + 1) if size % n == 0)
     made = BinaryLayer(layer, basis if rotate else None, importance, blocks=largest, activations=activations)
     if sweeps:
-        w = _wide(made.weight).view(groups, -1, size)
-        q = _descended(w, _wide(made.binary_weight()).view(w.shape), s, sweeps)
+        w = made.weight.to(compute).view(groups, -1, size)
+        q = _descended(w, made.binary_weight().to(compute).view(w.shape), s, sweeps)
         # The same magnitudes with the new signs keep alpha; one factor for each output is free.
         best = ((w @ s) * q).sum(2, keepdim=True) / ((q @ s) * q).sum(2, keepdim=True)
         best = torch.where((best > 0) & torch.isfinite(best), best, torch.ones_like(best))
@@ -394,7 +392,7 @@ def _made(
     if activations:
         made.threshold.copy_(plain.threshold)
         made.scale.copy_(plain.scale)
-    by_group = _wide(made.binary_weight()).flatten(1).view(groups, -1, size)
+    by_group = made.binary_weight().to(compute).flatten(1).view(groups, -1, size)
     made.bias.copy_((outputs.mean(1) - (by_group @ mean.transpose(1, 2)).squeeze(2)).flatten())
     return made
 

@@ -58,6 +58,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fastflat import _checks, curvature
+from fastflat._ops import compute_dtype
 from fastflat.curvature import _batch
 from fastflat.evaluate import _runs
 from fastflat.methods import lab
@@ -128,7 +129,7 @@ def _input_gradient(name: str, model: nn.Module, x: Tensor, y: Any, loss: Callab
         if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(x):
             got = list(output.shape) if isinstance(output, Tensor) else type(output)
             _checks.fail(name, "model", f"return logits [B={len(x)}, C]", got)
-        losses = F.cross_entropy(_wide(output), y, reduction="none")
+        losses = F.cross_entropy(output.to(compute_dtype(output.dtype)), y, reduction="none")
     else:
         losses = loss(output, y)
         if not isinstance(losses, Tensor) or losses.shape != x.shape[:1]:
@@ -140,11 +141,7 @@ def _input_gradient(name: str, model: nn.Module, x: Tensor, y: Any, loss: Callab
         found = torch.autograd.grad(losses.sum(), leaf, create_graph=further, allow_unused=True)
     if found[0] is None:
         _checks.fail(name, "model", "be differentiable in its inputs", "a loss without a gradient in them")
-    return _wide(found[0])
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
+    return found[0].to(compute_dtype(found[0].dtype))
 
 
 def _positive(name: str, argument: str, value: Any, zero: bool = False) -> None:
@@ -190,7 +187,7 @@ class CURELoss:
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         scores = model(x)
-        loss = F.cross_entropy(_wide(scores), y)
+        loss = F.cross_entropy(scores.to(compute_dtype(scores.dtype)), y)
         if self.strength:
             loss = loss + self.strength * curvature_penalty(model, x, y, self.h, squared=self.squared).mean()
         return loss, scores
@@ -278,24 +275,13 @@ _EPS = 0.1
 _PGD_STEPS = 7
 
 
-class _PGD(Hook):
-    """Cross-entropy at inputs of PGD."""
-
-    def __init__(self, eps: float, lo: float, hi: float):
-        self._attack = functools.partial(robust.crafted, eps=eps, steps=_PGD_STEPS, lo=lo, hi=hi)
-
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        scores = model(self._attack(model, x, y))
-        return F.cross_entropy(scores, y), scores
-
-
 def _train(name: str, seed: int, settings: Settings) -> dict[str, float]:
     parts = lab.images(settings.images, settings.test_images)
     lo, hi = robust.pixel_range(parts)
     train = (parts.train[0].clamp(lo, hi), parts.train[1])
     hook = {
         "plain": Hook,
-        "pgd": lambda: _PGD(_EPS * (hi - lo), lo, hi),
+        "pgd": lambda: robust.AdversarialTraining(_EPS * (hi - lo), steps=_PGD_STEPS, lo=lo, hi=hi),
         "cure": lambda: _Rising(settings.choice["strength"]),
         "cure_unsquared": lambda: _Rising(settings.choice["strength"], squared=False),
     }[name]()

@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflat import _checks, evaluate
+from fastflat._ops import compute_dtype
 from fastflat.functional import draw_state, noise_batch, softmax_js, softmax_kl, softmax_stats
 from fastflat.methods import lab
 from fastflat.methods._contract import Arm, Check, Claim, Experiment, Figure, Method, Settings
@@ -127,7 +128,7 @@ class DiGN:
             # Copies are swapped in: writing the buffers back would spoil what the clean pass keeps for its gradient.
             spare = {name: b.detach().clone() for name, b in self.model.named_buffers()}
             z = torch.func.functional_call(self.model, spare, (others,))
-        wide = z0 if z0.dtype == torch.float64 else z0.float()
+        wide = z0.to(compute_dtype(z0.dtype))
         z = z.view(len(noisy) + len(views), *z0.shape)
         weight = softmax_stats(z0, y).p_y.detach() if self.confident else None
         loss = F.cross_entropy(wide, y) + self.lam * softmax_kl(z0, z[: len(noisy)], weight).mean()

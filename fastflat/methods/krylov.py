@@ -54,10 +54,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflat import _checks, evaluate
+from fastflat._ops import compute_dtype
 from fastflat.curvature import InputHessian
 from fastflat.evaluate import _ball, _runs
 from fastflat.evaluate.attacks import Attack
-from fastflat.functional import softmax_kl
 from fastflat.methods import lab
 from fastflat.methods._contract import Arm, Check, Claim, Experiment, Figure, Method, Settings
 from fastflat.methods._hook import Hook
@@ -106,7 +106,7 @@ def krylov_solve(op: Any, B: Tensor, m: int, damping: float = 0.0) -> KrylovSolu
     _dimension("fastflat.methods.krylov_solve", m)
     _damping("fastflat.methods.krylov_solve", damping)
     m = max(1, min(m, B.shape[1]))
-    wide = torch.float64 if B.dtype == torch.float64 else torch.float32
+    wide = compute_dtype(B.dtype)
     # A vector whose length is rounding errors of the product that made it ends the space: 100 epsilons of the largest
     # entry of T, what sums over d of the float32 products that made it may leave.
     floor = 100 * torch.finfo(B.dtype).eps
@@ -337,40 +337,31 @@ _M, _STEPS = 3, 2
 _PGD_STEPS = 7
 
 
-class _Adversarial(Hook):
-    """The loss of an arm at inputs within a radius and range."""
+class _Krylov(Hook):
+    """The loss of :class:`KrylovAdversarialLoss`."""
 
-    def __init__(self, name: str, eps: float, lo: float, hi: float):
-        self._bounds = {"lo": lo, "hi": hi}
-        self._krylov = KrylovAdversarialLoss(eps, steps=_STEPS, m=_M, **self._bounds)
-        self._name, self._eps = name, eps
+    def __init__(self, eps: float, **options: Any):
+        self._objective = KrylovAdversarialLoss(eps, **options)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self._name == "krylov":
-            return self._krylov(model, x, y)
-        if self._name == "trades":
-            return self._trades(model, x, y)
-        steps = 1 if self._name == "fgsm" else _PGD_STEPS
-        step = 1.25 * self._eps if self._name == "fgsm" else None  # Wong et al. 2020: 1.25 eps from a random point
-        moved = robust.crafted(model, x, y, self._eps, step=step, steps=steps, **self._bounds)
-        scores = model(moved)
-        return F.cross_entropy(scores, y), scores
+        return self._objective(model, x, y)
 
-    def _trades(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Zhang et al. 2019, equation 5, with beta = 6: cross-entropy at x and KL to the worst inputs."""
-        with torch.no_grad(), _runs.undisturbed(model, evaluating=True):
-            clean = model(x)
-        kl = {"loss": lambda logits, to: softmax_kl(to, logits)}
-        moved = robust.crafted(model, x, clean, self._eps, steps=_PGD_STEPS, **kl, **self._bounds)
-        scores = model(x)
-        return F.cross_entropy(scores, y) + 6 * softmax_kl(scores, model(moved)).mean(), scores
+
+def _hook(name: str, eps: float, lo: float, hi: float) -> Hook:
+    """What an arm trains on, at inputs within a radius and range."""
+    if name == "krylov":
+        return _Krylov(eps, steps=_STEPS, m=_M, lo=lo, hi=hi)
+    if name == "fgsm":  # Wong et al. 2020: 1.25 eps from a random point
+        return robust.AdversarialTraining(eps, steps=1, step=1.25 * eps, lo=lo, hi=hi)
+    kind = robust.TRADES if name == "trades" else robust.AdversarialTraining
+    return kind(eps, steps=_PGD_STEPS, lo=lo, hi=hi)
 
 
 def _train(name: str, seed: int, settings: Settings) -> dict[str, float]:
     parts = lab.images(settings.images, settings.test_images)
     lo, hi = robust.pixel_range(parts)
     train = (parts.train[0].clamp(lo, hi), parts.train[1])
-    hook = _Adversarial(name, _EPS * (hi - lo), lo, hi)
+    hook = _hook(name, _EPS * (hi - lo), lo, hi)
     net = functools.partial(MLP, 1, 28, parts.classes)
 
     def make(m: nn.Module) -> torch.optim.Optimizer:

@@ -66,6 +66,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from fastflat import curvature, functional, quant
+from fastflat._ops import compute_dtype
 from fastflat._spec import QuantSpec
 from fastflat.methods import lab
 from fastflat.methods._contract import Arm, Check, Claim, Experiment, Figure, Method, Settings
@@ -171,7 +172,7 @@ class _Soft(nn.Module):
 
     def __init__(self, w: Tensor, kind: str, widths: tuple[int, ...], target: float, tau: float) -> None:
         super().__init__()
-        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(w.dtype)
         self.kind, self.widths, self.tau = kind, widths, tau
         self.register_buffer("values", torch.tensor(widths, dtype=dtype, device=w.device), persistent=False)
         wide = w.detach().to(dtype)

@@ -60,6 +60,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflat import _checks, curvature, evaluate
+from fastflat._ops import compute_dtype
 from fastflat.evaluate import _runs
 from fastflat.functional import rebalanced_ce
 from fastflat.methods import lab
@@ -164,7 +165,7 @@ class RebalancedLoss(nn.Module):
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != classes:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits)
             _checks.fail(_NAME, "logits", f"be [B, C={classes}]", got)
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        wide = compute_dtype(logits.dtype)
         values = (self.mult, self.add, self.margins, self.weight)
         mult, add, margin, weight = (None if v is None else v.to(wide) for v in values)
         return rebalanced_ce(logits, target, mult=mult, add=add, margin=margin, s=self.scale, class_weight=weight)
@@ -185,7 +186,7 @@ class CosineLinear(nn.Linear):
 
 def _directions(t: Tensor) -> Tensor:
     """Rows of length 1, or 0 where they are 0; squares of float16 would overflow."""
-    wide = t if t.dtype == torch.float64 else t.float()
+    wide = t.to(compute_dtype(t.dtype))
     return (wide * wide.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()).to(t.dtype)
 
 

@@ -72,6 +72,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from fastflat import functional
+from fastflat._ops import compute_dtype
 from fastflat._spec import QuantSpec
 from fastflat.methods import lab
 from fastflat.methods._contract import Arm, Check, Claim, Experiment, Figure, Method, Settings
@@ -92,7 +93,7 @@ class _Weight(nn.Module):
 
     def __init__(self, w: Tensor, widths: tuple[int, ...], clip: float) -> None:
         super().__init__()
-        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(w.dtype)
         self.widths, self.chosen = widths, len(widths) - 1
         self.clips = nn.Parameter(torch.full((len(widths),), clip, device=w.device, dtype=dtype))
         std = w.detach().to(dtype).std() if w.numel() > 1 else w.new_ones((), dtype=dtype)
@@ -116,7 +117,7 @@ class _Input(nn.Module):
 
     def __init__(self, x: Tensor, widths: tuple[int, ...]) -> None:
         super().__init__()
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(x.dtype)
         signed = bool((x < 0).any())
         self.specs = tuple(QuantSpec.lsq(bits=b, signed=signed) for b in widths)
         self.chosen = len(widths) - 1

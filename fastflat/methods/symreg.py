@@ -51,6 +51,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from fastflat import _checks, functional
+from fastflat._ops import compute_dtype
 from fastflat.evaluate.ptq import post_training_accuracy
 from fastflat.methods import lab
 from fastflat.methods._contract import Arm, Check, Claim, Experiment, Figure, Method, Settings
@@ -89,7 +90,7 @@ def symmetry(w: Tensor, kind: str = "order", *, axis: int = 0, skew: float = 0.0
     if not -w.dim() <= axis < w.dim():
         _checks.fail("symmetry", "axis", f"lie in {-w.dim()} to {w.dim() - 1}", axis)
     rows = w.movedim(axis, 0).flatten(1)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = rows.to(compute_dtype(rows.dtype))
     if rows.numel() == 0:
         return rows.sum()
     if kind == "order":
@@ -164,7 +165,7 @@ class SatNL(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         """The saturated weight."""
         if self._fused:
-            wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+            wide = compute_dtype(w.dtype)
             return functional.saturate(w, self.alpha.to(wide))
         return _saturate(w, self.alpha)
 
@@ -212,7 +213,7 @@ def saturate(model: nn.Module, deviations: float = 3.0, *, learn: bool = False) 
             _checks.fail("saturate", "model", "have weights that vary and are finite", f"a deviation of {spread}")
     for m in layers:
         w = m.weight.detach()
-        alpha = deviations * (w if w.dtype == torch.float64 else w.float()).std(correction=0)
+        alpha = deviations * (w.to(compute_dtype(w.dtype))).std(correction=0)
         parametrize.register_parametrization(m, "weight", SatNL(alpha, learn))
         quantizer = getattr(m, "weight_quantizer", None)
         if quantizer is not None:

@@ -58,6 +58,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fastflat import _checks
+from fastflat._ops import compute_dtype
 from fastflat.evaluate import weight_attack
 from fastflat.evaluate._runs import undisturbed
 from fastflat.functional import weight_reduce
@@ -158,7 +159,7 @@ class WeightMargin:
         """(loss to differentiate, scores [B, C]) in the model's mode; y are labels [B]."""
         wanted = bool(self.margin and self.eps)
         scores, bound = self._run(x, y, bounded=wanted)
-        loss = F.cross_entropy(_wide(scores), y)
+        loss = F.cross_entropy(scores.to(compute_dtype(scores.dtype)), y)
         if wanted:
             loss = loss + self.margin * _lacking(scores, y, bound).relu().mean()
         if self.norms:
@@ -217,7 +218,7 @@ class WeightMargin:
             if terms:
                 log_d = terms[0] if len(terms) == 1 else torch.logaddexp(*terms)
         stage, z, perturbed = last
-        w = _wide(stage.layer.weight)
+        w = stage.layer.weight.to(compute_dtype(stage.layer.weight.dtype))
         bound = w.new_zeros(len(y), len(w))
         d = None if log_d is None else log_d.exp()[:, None]
         if d is not None:
@@ -227,10 +228,6 @@ class WeightMargin:
             field = _largest_field(stage.layer, z)[:, None]
             bound = bound + 2 * eps * (field if d is None else field + stage.fan_in * d)
         return bound
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def _log(t: Tensor) -> Tensor:
@@ -250,13 +247,13 @@ def _row_scale(stage: _Stage, rows: Tensor) -> Tensor:
     norm = stage.norm
     if norm is None:
         return torch.ones_like(rows)
-    scale = (_wide(norm.running_var) + norm.eps).rsqrt()
-    return scale if norm.weight is None else scale * _wide(norm.weight).abs()
+    scale = (norm.running_var.to(compute_dtype(norm.running_var.dtype)) + norm.eps).rsqrt()
+    return scale if norm.weight is None else scale * norm.weight.to(compute_dtype(norm.weight.dtype)).abs()
 
 
 def _largest_field(layer: nn.Module, z: Tensor) -> Tensor:
     """Of each sample the largest sum of magnitudes that an output of the layer sees, [B]."""
-    size = _wide(z).abs()
+    size = z.to(compute_dtype(z.dtype)).abs()
     run = _CONVOLUTIONS.get(type(layer))
     if run is None:
         return size.sum(-1).flatten(1).amax(1) if size.dim() > 2 else size.sum(-1)

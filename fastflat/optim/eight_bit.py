@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 _BLOCK = 256
+_HOST = torch.device("cpu")
 
 
 @functools.cache
-def _values(signed: bool) -> Tensor:
+def _values(signed: bool, device: torch.device = _HOST) -> Tensor:
     """The 256 values of a code in [-1, 1] or [0, 1], ascending: a decimal exponent in unary, then a linear fraction."""
     bits = 7 if signed else 8
     positive = [
@@ -26,7 +27,14 @@ def _values(signed: bool) -> Tensor:
         values = [*positive, *(-v for v in positive), 0.0, 1.0]
     else:
         values = [*sorted(positive)[:-1], 0.0, 1.0]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _between(signed: bool, device: torch.device) -> Tensor:
+    """Halfway from one value to the next."""
+    values = _values(signed, device)
+    return (values[1:] + values[:-1]) / 2
 
 
 class Blocks:
@@ -38,15 +46,13 @@ class Blocks:
         rows = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % _BLOCK)).view(-1, _BLOCK)
         most = rows.abs().amax(1)
         ratio = rows / torch.where(most > 0, most, 1.0)[:, None]
-        values = _values(signed).to(x.device)
-        codes = torch.bucketize(ratio, (values[1:] + values[:-1]) / 2, out_int32=True).to(torch.uint8)
+        codes = torch.bucketize(ratio, _between(signed, x.device), out_int32=True).to(torch.uint8)
         return codes.flatten()[: x.numel()].clone(), most
 
     @staticmethod
     def decode(codes: Tensor, most: Tensor, signed: bool) -> Tensor:
         """fp32 ``[n]``."""
-        values = _values(signed).to(codes.device)
-        return values[codes.long()] * most.repeat_interleave(_BLOCK)[: codes.numel()]
+        return _values(signed, codes.device)[codes.long()] * most.repeat_interleave(_BLOCK)[: codes.numel()]
 
 
 class AdamW8bit(torch.optim.Optimizer):

@@ -191,7 +191,8 @@ class HERO(_Mixed):
             ws = [_tensors.local(p) for p in chosen]
             kernels.sharpness_ascent_(ws, change, [], None, [], scale, [METRICS["l2"]], 0.0, None)
         torch.autograd.graph.increment_version(chosen)
-        self._note_overflow(scale[-1], [_tensors.local(seconds[p]) for p in seconds if p not in set(chosen)])
+        with_product = set(chosen)
+        self._note_overflow(scale[-1], [_tensors.local(seconds[p]) for p in seconds if p not in with_product])
         # |r| over the radius: what the difference is multiplied with, once a loss scale is taken from it.
         self._k = scale[-2] / self.fd_radius
         self._firsts = seconds

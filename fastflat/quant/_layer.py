@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflat import _checks
+from fastflat._ops import compute_dtype
 from fastflat._spec import QuantSpec
 from fastflat.quant import _ahead, _initial
 from fastflat.quant.quantizer import Quantizer
@@ -122,7 +123,7 @@ class QuantLayer:
                 _checks.fail(name, "spec.axis", want, spec.axis)
             shape = (getattr(self, which.size),)
         weight = getattr(self, self.weight_names(self)[0])
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(weight.dtype)
         made = quantizer(spec, shape, device=weight.device, dtype=dtype)
         made.name = name
         return made

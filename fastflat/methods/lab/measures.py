@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflat import curvature
+from fastflat.evaluate import _runs
 from fastflat.evaluate.ptq import post_training_accuracy
 from fastflat.methods.lab.data import Split
 from fastflat.methods.lab.training import Fit
@@ -21,12 +22,8 @@ _CURVATURE_EXAMPLES = 200
 @torch.no_grad()
 def loss_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     """(mean cross-entropy, accuracy) in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
+    with _runs.evaluating(model):
         pairs = [(model(x).float(), y) for x, y in batches]
-    finally:
-        model.train(training)
     scores, y = torch.cat([s for s, _ in pairs]), torch.cat([y for _, y in pairs])
     return float(F.cross_entropy(scores, y)), float((scores.argmax(1) == y).double().mean())
 
@@ -34,12 +31,8 @@ def loss_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
 def top_eigenvalue(model: nn.Module, data: tuple[Tensor, Tensor], tol: float = 0.02) -> float:
     """The largest eigenvalue of the Hessian of the mean cross-entropy on the first 200 examples, in evaluation mode."""
     x, y = data[0][:_CURVATURE_EXAMPLES], data[1][:_CURVATURE_EXAMPLES]
-    training = model.training
-    model.eval()
-    try:
+    with _runs.evaluating(model):
         return float(curvature.Hessian(model, F.cross_entropy, [(x, y)]).eigenvalues(1, tol=tol).value.max())
-    finally:
-        model.train(training)
 
 
 def measure(

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastflat import evaluate
 from fastflat.evaluate import _runs
+from fastflat.functional import softmax_kl
+from fastflat.methods._hook import Hook
 from fastflat.methods.lab.data import Split
 
 #: ``attack(model, x, y, eps, lo, hi) -> x'``.
@@ -36,6 +39,32 @@ def crafted(model: nn.Module, x: Tensor, y: Tensor, eps: float, **options: Any) 
     """Inputs of PGD for training, in evaluation mode; each call draws its own random start."""
     with _runs.evaluating(model):
         return evaluate.pgd(model, x, y, eps, **options)
+
+
+class AdversarialTraining(Hook):
+    """Cross-entropy at inputs of PGD (Madry et al. 2018), of the radius and options of :func:`crafted`."""
+
+    def __init__(self, eps: float, **options: Any):
+        self._options = {"eps": eps, **options}
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        scores = model(crafted(model, x, y, **self._options))
+        return F.cross_entropy(scores, y), scores
+
+
+class TRADES(Hook):
+    """Cross-entropy at x, and beta times the divergence from the scores at x to those at the inputs of PGD that makes
+    it largest (Zhang et al., ICML 2019, equation 5)."""
+
+    def __init__(self, eps: float, beta: float = 6.0, **options: Any):
+        self._beta, self._options = beta, {"eps": eps, "loss": lambda logits, to: softmax_kl(to, logits), **options}
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), _runs.undisturbed(model, evaluating=True):
+            clean = model(x)
+        moved = crafted(model, x, clean, **self._options)
+        scores = model(x)
+        return F.cross_entropy(scores, y) + self._beta * softmax_kl(scores, model(moved)).mean(), scores
 
 
 def robust_correct(model: nn.Module, parts: Split, part: str, eps: float, attack: Attack) -> Tensor:
