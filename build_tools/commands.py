@@ -66,7 +66,7 @@ def classes(
                 # What an earlier build left must not be loaded under today's schemas.
                 if not library.build:
                     (folder / "fastflat" / f"libfastflat_{name}.so").unlink(missing_ok=True)
-            info = record(version, tools, decisions, arches)
+            info = record(version, tools, decisions, arches, lines=self._of_the_tree())
             path = folder / "fastflat" / "_build_info.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(info, indent=1) + "\n")
@@ -74,9 +74,9 @@ def classes(
         def build_extension(self, ext: Extension) -> None:
             name = ext.name.rpartition("_")[2]
             # In place means a developer's tree: there a failure is never passed over.
-            ext.optional = ext.optional and not (self.inplace or self.editable_mode)
+            ext.optional = ext.optional and not self._of_the_tree()
             try:
-                built = compiler.build(root, name, tools, arches, env)
+                built = compiler.build(root, name, tools, arches, env, lines=self._of_the_tree())
             except compiler.CompileError as error:
                 self._failed(name, error)
                 raise SetuptoolsCompileError(str(error)) from None
@@ -86,6 +86,9 @@ def classes(
             fresh = target.with_suffix(".new")
             shutil.copyfile(built, fresh)
             fresh.replace(target)
+
+        def _of_the_tree(self) -> bool:
+            return bool(self.inplace or self.editable_mode)
 
         def _failed(self, name: str, error: Exception) -> None:
             said = str(error).strip().splitlines()
@@ -117,7 +120,7 @@ def classes(
     return {"build": Build, "build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": BdistWheel}
 
 
-def record(version: str, tools: Tools, decisions: dict[str, Library], arches: tuple[str, ...]) -> dict:
+def record(version: str, tools: Tools, decisions: dict[str, Library], arches: tuple[str, ...], *, lines: bool) -> dict:
     """What ``fastflat._load`` and the doctor tell about the build. No path of the build machine is in it."""
     found = tools.found
     return {
@@ -127,7 +130,7 @@ def record(version: str, tools: Tools, decisions: dict[str, Library], arches: tu
         "compiler": found.compiler,
         "nvcc": found.nvcc,
         "arches": list(arches),
-        "flags": flags.public(arches),
+        "flags": flags.public(found.nvcc, arches, lines=lines),
         "libraries": {
             name: {"built": library.build, "reason": library.reason, "mend": library.mend}
             for name, library in decisions.items()

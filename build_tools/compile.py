@@ -65,11 +65,16 @@ def jobs(env: Mapping[str, str], cores: int, memory: int) -> int:
     return int(wanted)
 
 
-def build(root: Path, name: str, tools: Tools, arches: tuple[str, ...], env: Mapping[str, str]) -> Path:
-    """Brings the library `name` up to date and returns its path under ``build/objects``. Raises CompileError."""
+def build(
+    root: Path, name: str, tools: Tools, arches: tuple[str, ...], env: Mapping[str, str], *, lines: bool = True
+) -> Path:
+    """Brings the library `name` up to date and returns its path under ``build/objects``. Raises CompileError.
+
+    `lines`: whether device code names its source lines.
+    """
     folder = root / "build" / "objects" / name
     compiles = [
-        _compile(root, folder, source, isa, tools, arches)
+        _compile(root, folder, source, isa, tools, arches, lines)
         for source in sources(root, name)
         for isa in instruction_sets(source, platform.machine())
     ]
@@ -91,10 +96,12 @@ def build(root: Path, name: str, tools: Tools, arches: tuple[str, ...], env: Map
     return link.output
 
 
-def _compile(root: Path, folder: Path, source: str, isa: str, tools: Tools, arches: tuple[str, ...]) -> Step:
+def _compile(
+    root: Path, folder: Path, source: str, isa: str, tools: Tools, arches: tuple[str, ...], lines: bool
+) -> Step:
     at = (tools.torch, str(root))
     if source.endswith(".cu"):
-        command = [*tools.nvcc, *flags.nvcc(arches, *at)]
+        command = [*tools.nvcc, *flags.nvcc(tools.found.nvcc, arches, *at, lines=lines)]
     elif source.startswith("csrc/cuda/"):
         command = [*tools.nvcc, *flags.cuda_cxx(*at)]
     else:

@@ -76,9 +76,15 @@ TORCH = {
 NVCC = {
     **FAST,
     "-fmad=false": "as -ffp-contract=off, on the device",
-    "-lineinfo": "profilers and compute-sanitizer name source lines; costs nothing at run time",
     "-Xptxas=-v,--warn-on-spills": "registers in the build log, a warning for every spill",
 }
+
+#: For a build of the tree; in a wheel they would be two thirds of the device code.
+LINES = {"-lineinfo": "profilers and compute-sanitizer name source lines; costs nothing at run time"}
+
+#: From ZSTD_FROM on, whose drivers all read it.
+SMALL = {"--compress-mode=size": "device code by zstd: a third less in a wheel than what zip makes of it"}
+ZSTD_FROM = 13
 
 #: The C++ half of the CUDA library: its part of the stable ABI is behind this macro.
 CUDA_HOST = {"-DUSE_CUDA": "declares the stream and the error check of the stable ABI"}
@@ -137,9 +143,14 @@ def cuda_cxx(torch: str, root: str) -> list[str]:
     return [*(o.replace("-isystem", "-isystem=") for o in options), *_host(torch, root), *optimising]
 
 
-def nvcc(arches: tuple[str, ...], torch: str, root: str) -> list[str]:
-    """Options of nvcc for a .cu: no torch headers, machine code for `arches`."""
-    return [*_fill((*SHARED, *NVCC), torch, root), *gencode(arches), *_host(torch, root)]
+def nvcc(toolkit: str, arches: tuple[str, ...], torch: str, root: str, *, lines: bool) -> list[str]:
+    """Options of nvcc `toolkit` for a .cu: no torch headers, machine code for `arches`, source lines if asked."""
+    small = SMALL if int(toolkit.split(".")[0]) >= ZSTD_FROM else ()
+    return [
+        *_fill((*SHARED, *NVCC, *(LINES if lines else ()), *small), torch, root),
+        *gencode(arches),
+        *_host(torch, root),
+    ]
 
 
 def link_cpu(torch: str, root: str) -> list[str]:
@@ -153,11 +164,11 @@ def link_cuda(torch: str, root: str) -> list[str]:
     return _fill((*LINK, *NVCC_LINK, *linker), torch, root)
 
 
-def public(arches: tuple[str, ...]) -> dict[str, list[str] | dict[str, list[str]]]:
+def public(toolkit: str | None, arches: tuple[str, ...], *, lines: bool) -> dict[str, list[str] | dict[str, list[str]]]:
     """The options as they go into the build record: with placeholders instead of the build machine's paths."""
     at = ("<torch>", "<root>")
     loops = {family: [*options] for family, options in LOOPS.items()}
-    device = [*nvcc(arches, *at), *link_cuda(*at)] if arches else []
+    device = [*nvcc(toolkit, arches, *at, lines=lines), *link_cuda(*at)] if toolkit and arches else []
     return {"cxx": [*cxx(*at), *link_cpu(*at)], "loops": loops, "nvcc": device}
 
 

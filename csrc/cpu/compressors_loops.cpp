@@ -26,14 +26,6 @@ using namespace compressors;
 #include "cpu/loops.h"
 #include "cpu/noise_fill.h"
 
-template <class C>
-FASTFLAT_SHARED_CODE const C* fetch(Storage storage, const void* data, int64_t at, int64_t n, C* buffer) {
-  if constexpr (sizeof(C) == 4) {
-    if (storage == bf16) return widen<BFloat16>(data, at, n, buffer), buffer;
-    if (storage == f16) return widen<Half>(data, at, n, buffer), buffer;
-  }
-  return static_cast<const C*>(data) + at;
-}
 // One element.
 template <class C>
 inline C load_from(Storage storage, const void* data, int64_t at) {
@@ -43,15 +35,6 @@ inline C load_from(Storage storage, const void* data, int64_t at) {
   }
   return static_cast<const C*>(data)[at];
 }
-template <class C>
-FASTFLAT_SHARED_CODE void deliver(Storage storage, const C* from, void* data, int64_t at, int64_t n) {
-  if constexpr (sizeof(C) == 4) {
-    if (storage == bf16) return narrow<BFloat16>(from, n, data, at);
-    if (storage == f16) return narrow<Half>(from, n, data, at);
-  }
-  std::memcpy(static_cast<C*>(data) + at, from, n * sizeof(C));
-}
-
 // p of n elements, at most `block`: where g lies, or in the buffer.
 template <class C, class Call>
 FASTFLAT_SHARED_CODE const C* corrected(const Call& call, int64_t at, int64_t n, C* __restrict buffer) {
@@ -86,25 +69,9 @@ FASTFLAT_HD auto key_of(C p) {
   return p == p ? static_cast<typename K::type>(bits & ~K::sign) : K::nan;
 }
 
-// A sum in lanes, in double after every eight blocks.
-template <class C>
-struct Sum {
-  alignas(64) C lane[lanes] = {};
-  double sum = 0.0;
-  int64_t blocks = 0;
-
-  void add(const C* terms, int64_t n) {
-    add_lanes(terms, n, lane);
-    if (++blocks % 8) return;
-    sum += fold(lane);
-    std::fill_n(lane, lanes, C(0));
-  }
-  double total() { return sum + fold(lane); }
-};
-
 template <class C>
 CompressorSums sums(const CompressorCall& call, int64_t begin, int64_t end) {
-  Sum<C> sum, squares;
+  BlockSum<C> sum, squares;
   typename KeyOf<C>::type most = 0;
   alignas(64) C buffer[block], term[block];
   for (int64_t i = begin; i < end; i += block) {
@@ -240,12 +207,15 @@ void decode(const CompressorCall& call, int64_t begin, int64_t end) {
       spread_units(call, static_cast<const C*>(call.units) + k * buckets, i, n, unit);
       for (int64_t j = 0; j < n; ++j) sum[j] += unit[j] * static_cast<C>(code[j] * grid.step - grid.offset);
     }
-    for (int64_t j = 0; j < n; ++j) sum[j] *= factor;
+    C* const out = target(call.storage, call.out, i, buffer);
     if (call.add) {
       const C* const before = fetch(call.storage, call.out, i, n, buffer);
-      for (int64_t j = 0; j < n; ++j) sum[j] = before[j] + sum[j];
+#pragma GCC ivdep
+      for (int64_t j = 0; j < n; ++j) out[j] = before[j] + sum[j] * factor;
+    } else {
+      for (int64_t j = 0; j < n; ++j) out[j] = sum[j] * factor;
     }
-    deliver(call.storage, sum, call.out, i, n);
+    deliver(call.storage, out, call.out, i, n);
   }
 }
 
@@ -318,9 +288,10 @@ void collect(const TopCall& call, int64_t begin, int64_t end, int lead, int part
 template <class C>
 void take(const TopCall& call, const Candidate* chosen, int64_t k) {
   C* const error = static_cast<C*>(call.error);
-  alignas(64) C p[block], buffer[block];
+  alignas(64) C made[block], buffer[block];
   for (int64_t i = 0; i < k; i += block) {
     const int64_t n = std::min(block, k - i);
+    C* const p = target(call.storage, call.values, i, made);
     for (int64_t j = 0; j < n; ++j) {
       call.indices[i + j] = chosen[i + j].index;
       p[j] = error ? error[chosen[i + j].index] : load_from<C>(call.storage, call.g, chosen[i + j].index);

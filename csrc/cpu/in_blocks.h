@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Maps over contiguous elements as shared code: one copy of each loop, its last block through buffers. Included once
-// per instruction set, inside its namespace, after <cstring> and math/convert.h.
+// per instruction set, inside its namespace, after <cstring>, core/pairs.h and math/convert.h.
 
 // to[i] = value(from[i]), a block at a time, the last through buffers: the code of one loop.
 template <class From, class To, class Value>
@@ -26,4 +26,29 @@ FASTFLAT_SHARED_CODE void widen(const void* from, int64_t at, int64_t n, float* 
 template <class S>
 FASTFLAT_SHARED_CODE void narrow(const float* from, int64_t n, void* to, int64_t at) {
   in_blocks(from, n, static_cast<S*>(to) + at, [](float v) __attribute__((always_inline)) { return store<S>(v); });
+}
+
+// Elements in the type of the arithmetic, whatever they are kept in: data of 16 bits pass through buffers.
+
+// Elements [at, at + n): where they lie, or widened in the buffer.
+template <class C>
+FASTFLAT_SHARED_CODE const C* fetch(Storage storage, const void* data, int64_t at, int64_t n, C* buffer) {
+  if constexpr (sizeof(C) == 4) {
+    if (storage == bf16) return widen<BFloat16>(data, at, n, buffer), buffer;
+    if (storage == f16) return widen<Half>(data, at, n, buffer), buffer;
+  }
+  return static_cast<const C*>(data) + at;
+}
+
+// Where to write elements from `at` on before deliver(): their place, or the buffer.
+template <class C>
+C* target(Storage storage, void* data, int64_t at, C* buffer) {
+  return storage == bf16 || storage == f16 ? buffer : static_cast<C*>(data) + at;
+}
+template <class C>
+FASTFLAT_SHARED_CODE void deliver(Storage storage, const C* from, void* data, int64_t at, int64_t n) {
+  if constexpr (sizeof(C) == 4) {
+    if (storage == bf16) narrow<BFloat16>(from, n, data, at);
+    if (storage == f16) narrow<Half>(from, n, data, at);
+  }
 }

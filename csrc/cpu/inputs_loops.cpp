@@ -23,27 +23,6 @@ using namespace inputs;
 #include "cpu/loops.h"
 #include "cpu/noise_fill.h"
 
-// Elements [at, at + n), n at most `block`: where they lie, or in the buffer.
-template <class C>
-FASTFLAT_SHARED_CODE const C* fetch(Storage storage, const void* data, int64_t at, int64_t n, C* buffer) {
-  if constexpr (sizeof(C) == 4) {
-    if (storage == bf16) return widen<BFloat16>(data, at, n, buffer), buffer;
-    if (storage == f16) return widen<Half>(data, at, n, buffer), buffer;
-  }
-  return static_cast<const C*>(data) + at;
-}
-template <class C>
-C* target(Storage storage, void* data, int64_t at, C* buffer) {
-  return storage == bf16 || storage == f16 ? buffer : static_cast<C*>(data) + at;
-}
-template <class C>
-FASTFLAT_SHARED_CODE void deliver(Storage storage, const C* from, void* data, int64_t at, int64_t n) {
-  if constexpr (sizeof(C) == 4) {
-    if (storage == bf16) narrow<BFloat16>(from, n, data, at);
-    if (storage == f16) narrow<Half>(from, n, data, at);
-  }
-}
-
 void strengths(const NoiseCall& call) {
   const PhiloxState state = stream_of(call.state[0], call.state[1], strength_stream);
   for (int64_t i = 0; i < call.K * call.samples; ++i) call.sigma[i] = strength(state, call.law, call.most, i);
@@ -113,22 +92,17 @@ void sign_step(const StepCall& call, int64_t begin, int64_t end) {
   });
 }
 
-// Adds up squares in lanes, in double after every 4096.
+// The length of a vector that comes in blocks.
 template <class C>
 struct Squares {
-  alignas(64) C lane[lanes] = {};
-  double sum = 0.0;
-  int64_t blocks = 0;
+  BlockSum<C> sum;
 
   void add(const C* v, int64_t n) {
     alignas(64) C square[block];
     for (int64_t j = 0; j < n; ++j) square[j] = v[j] * v[j];
-    add_lanes(square, n, lane);
-    if (++blocks % 8) return;
-    sum += fold(lane);
-    std::fill_n(lane, lanes, C(0));
+    sum.add(square, n);
   }
-  C length() { return static_cast<C>(std::sqrt(sum + fold(lane))); }
+  C length() { return static_cast<C>(std::sqrt(sum.total())); }
 };
 
 template <class C>

@@ -140,22 +140,14 @@ struct Tile {
     scratch += elements ? elements : logits_at_once(call.C) * std::max<int64_t>(call.C, 1);
     return own;
   }
-  bool in_place() const { return sizeof(C) == 8 || call.storage == f32; }
   int64_t at(int64_t k) const { return (k * call.R + row) * call.C; }
 
   const C* fetch(const void* data, int64_t k, C* buffer) const {
-    if constexpr (sizeof(C) == 4) {
-      if (call.storage == bf16) return widen<BFloat16>(data, at(k), size(), buffer), buffer;
-      if (call.storage == f16) return widen<Half>(data, at(k), size(), buffer), buffer;
-    }
-    return static_cast<const C*>(data) + at(k);
+    return FASTFLAT_ISA::fetch(call.storage, data, at(k), size(), buffer);
   }
-  C* target(void* data, int64_t k, C* buffer) const { return in_place() ? static_cast<C*>(data) + at(k) : buffer; }
+  C* target(void* data, int64_t k, C* buffer) const { return FASTFLAT_ISA::target(call.storage, data, at(k), buffer); }
   void deliver(const C* from, void* data, int64_t k) const {
-    if constexpr (sizeof(C) == 4) {
-      if (call.storage == bf16) narrow<BFloat16>(from, size(), data, at(k));
-      if (call.storage == f16) narrow<Half>(from, size(), data, at(k));
-    }
+    FASTFLAT_ISA::deliver(call.storage, from, data, at(k), size());
   }
   C* norm(int64_t k) const { return static_cast<C*>(call.norm) + 2 * (k * call.R + row); }
 };

@@ -69,6 +69,22 @@ FASTFLAT_SHARED_CODE double fold(C* lane) {
   return static_cast<double>(lane[0]);
 }
 
+// A sum of values that come in blocks: in lanes, in double after every eight blocks.
+template <class C>
+struct BlockSum {
+  alignas(64) C lane[lanes] = {};
+  double sum = 0.0;
+  int64_t blocks = 0;
+
+  void add(const C* terms, int64_t n) {
+    add_lanes(terms, n, lane);
+    if (++blocks % 8) return;
+    sum += fold(lane);
+    std::fill_n(lane, lanes, C(0));
+  }
+  double total() { return sum + fold(lane); }
+};
+
 // Sum of a short run, in eight lanes.
 template <class C>
 inline double fold_short(const C* t, int64_t n) {

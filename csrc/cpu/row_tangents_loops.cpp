@@ -157,20 +157,12 @@ struct Tile {
 
   // Elements [at, at + n); an absent tensor stays null.
   const C* fetch(const void* data, int64_t at, int64_t n, C* buffer) const {
-    if (!data) return nullptr;
-    if constexpr (sizeof(C) == 4) {
-      if (call.storage == bf16) return widen<BFloat16>(data, at, n, buffer), buffer;
-      if (call.storage == f16) return widen<Half>(data, at, n, buffer), buffer;
-    }
-    return static_cast<const C*>(data) + at;
+    return !data ? nullptr : FASTFLAT_ISA::fetch(call.storage, data, at, n, buffer);
   }
 
-  C* target(int64_t at, C* buffer) const { return in_place() ? static_cast<C*>(call.out) + at : buffer; }
+  C* target(int64_t at, C* buffer) const { return FASTFLAT_ISA::target(call.storage, call.out, at, buffer); }
   void deliver(const C* from, int64_t at, int64_t n) const {
-    if constexpr (sizeof(C) == 4) {
-      if (call.storage == bf16) narrow<BFloat16>(from, n, call.out, at);
-      if (call.storage == f16) narrow<Half>(from, n, call.out, at);
-    }
+    FASTFLAT_ISA::deliver(call.storage, from, call.out, at, n);
   }
 };
 

@@ -23,42 +23,6 @@ using namespace weight_norms;
 #include "cpu/in_blocks.h"
 #include "cpu/loops.h"
 
-template <class C>
-FASTFLAT_SHARED_CODE const C* fetch(Storage storage, const void* data, int64_t at, int64_t n, C* buffer) {
-  if constexpr (sizeof(C) == 4) {
-    if (storage == bf16) return widen<BFloat16>(data, at, n, buffer), buffer;
-    if (storage == f16) return widen<Half>(data, at, n, buffer), buffer;
-  }
-  return static_cast<const C*>(data) + at;
-}
-template <class C>
-C* target(Storage storage, void* data, int64_t at, C* buffer) {
-  return storage == bf16 || storage == f16 ? buffer : static_cast<C*>(data) + at;
-}
-template <class C>
-FASTFLAT_SHARED_CODE void deliver(Storage storage, const C* from, void* data, int64_t at, int64_t n) {
-  if constexpr (sizeof(C) == 4) {
-    if (storage == bf16) narrow<BFloat16>(from, n, data, at);
-    if (storage == f16) narrow<Half>(from, n, data, at);
-  }
-}
-
-// A sum in lanes, in double after every eight blocks.
-template <class C>
-struct Sum {
-  alignas(64) C lane[lanes] = {};
-  double sum = 0.0;
-  int64_t blocks = 0;
-
-  void add(const C* terms, int64_t n) {
-    add_lanes(terms, n, lane);
-    if (++blocks % 8) return;
-    sum += fold(lane);
-    std::fill_n(lane, lanes, C(0));
-  }
-  double total() { return sum + fold(lane); }
-};
-
 // body(values, place, count) for the blocks of n elements from `first` on.
 template <class C, class Body>
 inline void for_blocks(const WeightNormsCall& call, int64_t first, int64_t n, const Body& body) {
@@ -75,7 +39,7 @@ void reduce(const WeightNormsCall& call, int64_t begin, int64_t end, WeightShare
   C* const moments = static_cast<C*>(call.moments);
   alignas(64) C a[block], b[block];
   for (int64_t row = begin; row < end; ++row) {
-    Sum<C> values, sizes, squares, cubes;
+    BlockSum<C> values, sizes, squares, cubes;
     C most = C(0);
     for_blocks<C>(call, row * n, n, [&](const C* w, int64_t at, int64_t count) {
       double* const columns = share.columns + at;
@@ -160,7 +124,7 @@ template <class C>
 double saturate_bwd(const WeightNormsCall& call, int64_t begin, int64_t end) {
   const Saturate<C> rule{*static_cast<const C*>(call.alpha)};
   alignas(64) C of_g[block], of_out[block], of_alpha[block];
-  Sum<C> sum;
+  BlockSum<C> sum;
   for_blocks<C>(call, begin, end - begin, [&](const C* w, int64_t at, int64_t count) {
     const Saturate<C> own = rule;
     const C* const g = fetch(call.storage, call.g, begin + at, count, of_g);

