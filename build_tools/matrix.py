@@ -72,6 +72,11 @@ def interpreter(name: str) -> str:
     found = shutil.which(name)
     if found is None:
         raise MatrixError(f"PYTHONS must name installed Pythons, got {name!r}")
+    # A version manager's stand-in may be on PATH for a Python that is not switched on.
+    started = subprocess.run([found, "-c", ""], capture_output=True, text=True, check=False)
+    if started.returncode != 0:
+        said = next(iter(started.stderr.strip().splitlines()), f"status {started.returncode}")
+        raise MatrixError(f"PYTHONS must name Pythons that start, got {name!r}: {said}")
     return found
 
 
