@@ -92,8 +92,9 @@ def pair(wheel: Path, python: str, torch: str, tests: Sequence[str], folder: Pat
         _call([*install, "--no-deps", str(wheel)])
         there = same_libraries.report(inside)
         same = same_libraries.compare(str(wheel), there)
-        # A copy, so that the source tree is out of sight.
-        shutil.copytree(ROOT / "tests", folder / "tests")
+        # A copy, so that the source tree cannot be imported; some tests read the kernels' sources.
+        for name in ("tests", "csrc"):
+            shutil.copytree(ROOT / name, folder / name)
         shutil.copy(ROOT / "pyproject.toml", folder)
         command = [inside, "-m", "pytest", "-q", "-m", "not triton", "-n", str(workers), *tests]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
