@@ -47,6 +47,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -293,6 +294,8 @@ def _rank(rank: int) -> float | None:
         found = torch.linalg.svdvals(model.module.weight.grad)
         del model  # before its group
     finally:
+        # A thread of gloo may still hold its last work and with it the group, which must not end on that thread.
+        time.sleep(0.1)
         dist.destroy_process_group()
     return float(found[rank] / found[0])
 

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -14,8 +11,7 @@ from torch.nn import functional as F
 from fastflat.curvature import GGN, Hessian
 
 
-def main(folder: Path) -> None:
-    dist.init_process_group("gloo")
+def over_their_shares(folder) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.SiLU(), nn.Linear(5, 3)).double()
     x, y = torch.randn(7, 4, dtype=torch.float64), torch.randint(0, 3, (7,))
@@ -29,9 +25,3 @@ def main(folder: Path) -> None:
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
     alone = Hessian(model, F.cross_entropy, mine).matmat(v)
     assert not torch.allclose(alone, want)
-    (folder / f"passed-{rank}").touch()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

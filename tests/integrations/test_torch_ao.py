@@ -15,6 +15,7 @@ from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantiz
 
 import fastflat as ff
 from fastflat.integrations import _minmax
+from tests.ranks import leave
 
 from . import alike
 
@@ -311,7 +312,7 @@ def test_data_parallel(tmp_path):
         for p, q in zip(model.parameters(), ours.module.parameters(), strict=True):
             alike.same(p.grad, q.grad)
     finally:
-        distributed.destroy_process_group()
+        leave()
 
 
 def test_known_beside_unknown():

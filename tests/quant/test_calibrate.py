@@ -9,6 +9,7 @@ from torch import distributed, multiprocessing, nn
 
 import fastflat as ff
 from fastflat.quant import quantizers
+from tests.ranks import leave
 
 from .conftest import ACTIVATIONS, WEIGHTS, Net
 
@@ -139,7 +140,7 @@ def _rank(rank, folder, bad):
     except (ValueError, RuntimeError) as error:
         outcome = str(error)
     torch.save((outcome, net.state_dict()), f"{folder}/rank{rank}.pt")
-    distributed.destroy_process_group()
+    leave()
 
 
 def in_two_processes(folder, bad):

@@ -12,6 +12,7 @@ import fastflat as ff
 from fastflat.quant import Quantizer
 from fastflat.quant._histogram import HALF, Histogram, exact_quantile
 from fastflat.quant._search import error_on_histogram, least_error
+from tests.ranks import leave
 
 SIGNED = ff.QuantSpec(bits=4)
 AFFINE = ff.QuantSpec(bits=4, signed=False, symmetric=False)
@@ -302,7 +303,7 @@ def _rank(rank, folder):
         for name, spec in (("one", SIGNED), ("each", SIGNED.replace(axis=-1)), ("affine", AFFINE)):
             found[f"{method} {name}"] = calibrated(data(rank), spec, method).state_dict()
     torch.save(found, f"{folder}/rank{rank}.pt")
-    distributed.destroy_process_group()
+    leave()
 
 
 def data(rank):
