@@ -39,8 +39,7 @@ class Record:
     machine: dict[str, Any]
 
     def line(self) -> str:
-        values = dataclasses.asdict(self)
-        values["metrics"] = {k: v if math.isfinite(v) else None for k, v in self.metrics.items()}
+        values = {**vars(self), "metrics": {k: v if math.isfinite(v) else None for k, v in self.metrics.items()}}
         return json.dumps(values, sort_keys=True) + "\n"
 
 
@@ -53,10 +52,12 @@ def read(path: Path) -> list[Record]:
     Raises:
         ValueError: a line is not one of a study's.
     """
-    if not path.is_file():
-        return []
+    return _parsed(path, path.read_bytes()) if path.is_file() else []
+
+
+def _parsed(path: Path, content: bytes) -> list[Record]:
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
         try:
             values = json.loads(line)
             if set(values) != _KEYS or not isinstance(values["metrics"], dict):
@@ -94,6 +95,7 @@ class Kept:
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.settings = path, settings
+        self._seen: tuple[bytes, list[Record]] = (b"", [])
 
     def one(
         self, kind: str, arm: str, seed: int, choice: dict[str, float], train: Callable[[], dict[str, float]]
@@ -102,14 +104,23 @@ class Kept:
 
         Runs of the same kind and arm at another choice go, but for those that tune.
         """
-        for record in read(self.path):
+        for record in self._read():
             if (record.kind, record.arm, record.seed, record.choice) == (kind, arm, seed, choice):
                 return record
         record = Record(kind, arm, seed, choice, train(), self.settings, machine())
         # Read anew: another process may have added lines meanwhile.
-        kept = [r for r in read(self.path) if (r.kind, r.arm) != (kind, arm) or kind == "tune" or r.choice == choice]
-        write(self.path, [*kept, record])
+        kept = [r for r in self._read() if (r.kind, r.arm) != (kind, arm) or kind == "tune" or r.choice == choice]
+        content = "".join(r.line() for r in [*kept, record]).encode()
+        _files.write_all({self.path: content})
+        self._seen = (content, [*kept, record])
         return record
+
+    def _read(self) -> list[Record]:
+        """What the file holds; parsed where it is not what was read or written last."""
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        if content != self._seen[0]:
+            self._seen = (content, _parsed(self.path, content))
+        return self._seen[1]
 
 
 def machine() -> dict[str, Any]:
