@@ -32,7 +32,9 @@ def value(metric: str, number: float) -> str:
 def difference(metric: str, number: float) -> str:
     """A difference of a metric: of accuracies in points."""
     # + 0.0: no minus before a zero.
-    return f"{number:+.3g}" if metric == "top_eigenvalue" else f"{round(100 * number, 1) + 0.0:+.1f}"
+    if metric == "top_eigenvalue":
+        return f"{round(number, 3) + 0.0:+.3g}"
+    return f"{round(100 * number, 1) + 0.0:+.1f}"
 
 
 def gain(found: Gain, label: bool = False) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fastflat.cli import _guide_cells as cells
 from fastflat.methods.lab.goals import answers, search, training
 from fastflat.methods.lab.goals.catalogue import GOALS
-from fastflat.methods.lab.goals.parts import KINDS, Part
+from fastflat.methods.lab.goals.parts import KINDS, LOSSES, OPTIMIZERS, Part
 from fastflat.methods.lab.goals.search import Search, key
 from fastflat.methods.lab.records import Record
 
@@ -26,7 +26,7 @@ A convolutional network of four layers on Fashion-MNIST, its inner layers with {
 for weights and activations by `fastflat.prepare`; {size.images} training images, a fifth as many for validation,
 {size.test_images} for the test ({size.hard} of each for corruptions and attacks), batches of {size.batch}. Every
 training may use {size.passes} forward-backward passes: one whose optimizer takes two and whose loss takes two makes a
-quarter of the steps.""",
+quarter of the steps. A combination is named by its quantizer, its optimizer and its loss:""",
         "\n".join(f"- {kind.capitalize()}: {text}." for kind, text in _parts(what, report).items()),
         _stages(what),
     ]
@@ -36,7 +36,8 @@ quarter of the steps.""",
         lines.append(f"Tuned: {'; '.join(told)}.")
     if any(r.kind == "search" for r in records):
         lines += [
-            f"The search, one training each, on validation images ({cells.NONE}: not trained, or diverged):",
+            "The search, one training each, on validation images, the eigenvalue on training images"
+            f" ({cells.NONE}: not trained, or diverged):",
             _every(records, what),
         ]
     if records:
@@ -79,11 +80,17 @@ def _stages(what: Search) -> str:
         for name, part in table.items()
         if set(what.conditions) - set(part.tried)
     ]
+    elsewhere = [
+        f"`{name}` for *{part.tuned_on[0]}*"
+        for name, part in {**OPTIMIZERS, **LOSSES}.items()
+        if part.tuned_on[0] != "clean"
+    ]
     return f"""\
 1. *Tuning.* Each optimizer takes the best of its points with `lsq` and `none`, then each loss the best of its own with
-   `lsq` and `sgd`: one training a point, on validation images.
+   `lsq` and `sgd`: one training a point, on validation images, {", ".join(elsewhere)}; the others for *clean*. The
+   values are the same in all conditions.
 2. *Search.* Every combination is trained once for each of: {conditions}; {", ".join(few)}. These are {count} trainings,
-   measured on validation images.
+   measured on validation images, the eigenvalue on training images.
 3. *Runs.* For each goal the best two, the baseline, and the changed parts of the first alone, with {what.seeds} seeds
    that neither of the above has seen, on test images. What is said of gains comes from these alone.
 4. *Profile.* {what.rounds} rounds of short trainings of all of them in turns, for the time of a step."""

@@ -30,14 +30,14 @@ _SHORT = """\
 
 Gains over the baseline (LSQ, SGD, cross-entropy) at equal passes on test images, in points of accuracy, of the
 eigenvalue as it is: mean ± standard error of the differences between runs of one seed; bold beyond two standard errors.
-What the runs do not speak for is not here, even if it was best on validation images. A step costs so many times the
+What the runs do not speak for is not here, even if it was best in the search. A step costs so many times the
 baseline's.
 """
 _PAIRS = """\
 ## What works well together
 
-The best combination of each goal on validation images beside its changed parts alone: runs of the same seeds on test
-images, for the condition that chose it. *Together*: it gains beyond two standard errors over every one of its parts in
+The best combination of each goal in the search beside its changed parts alone: runs of the same seeds on test images,
+for the condition that chose it. *Together*: it gains beyond two standard errors over every one of its parts in
 some reading.
 """
 _SEARCHED = """\
@@ -92,8 +92,9 @@ def page(records: Sequence[Record], what: Search) -> tuple[str, dict[str, str]]:
         if len(shown) > 1:
             figures[f"goal-{name}.svg"] = _figure(records, name, goal, shown)
         sections.append(_section(records, name, goal, what, shown))
+    few = "**Few seeds: this shows that it works, and proves nothing.**"
     parts = [
-        _INTRODUCTION,
+        _INTRODUCTION + (f"\n{few}" if what.seeds < verdict.LEAST_SEEDS else ""),
         *(_answers(records, what) if whole else [_unfinished(records, what)]),
         *sections,
         _TOGETHER,
@@ -111,7 +112,9 @@ def _ran(records: Sequence[Record], goal: Goal, combination: Combination) -> boo
 def _unfinished(records: Sequence[Record], what: Search) -> str:
     done = sum(r.kind in ("tune", "search") for r in records)
     state = f"The search is not finished: {done} of {search.size(what)} trainings ran" if done else "Nothing ran yet"
-    return f"**{state}**, so there is no answer yet. `fastflat methods goals` runs it, and goes on where it stopped."
+    return (
+        f"**{state}**, so that this page has no answer. `fastflat methods goals` runs it, and goes on where it stopped."
+    )
 
 
 def _answers(records: Sequence[Record], what: Search) -> list[str]:
@@ -121,8 +124,8 @@ def _answers(records: Sequence[Record], what: Search) -> list[str]:
         link = f"[{goal.title}](#{goal.title.lower().replace(' ', '-')})"
         found = answers.recommended(records, goal, what)
         if found in (None, BASELINE):
-            words = "too few runs" if found is None else "the baseline"
-            short.append([link, words, cells.NONE, "1.00 x"])
+            words = ["too few runs", cells.NONE] if found is None else ["the baseline", "1.00 x"]
+            short.append([link, words[0], cells.NONE, words[1]])
         else:
             gains = [g for g in answers.gains(records, goal, found) if g.seeds]
             short.append([link, str(found), cells.gains(gains), cells.cost(records, found)])
@@ -157,7 +160,7 @@ def _section(records: Sequence[Record], name: str, goal: Goal, what: Search, sho
     if shown:
         lines += [_advice(records, goal, what), cells.results(records, goal, shown)]
     claims = ", ".join(f"[{method}]({_REPORT}#{method})" for method in goal.methods)
-    lines.append(f"{goal.limits} Methods whose papers claim it: {claims}.".strip())
+    lines.append(f"{goal.limits} Methods that aim at it: {claims}.".strip())
     if len(shown) > 1:
         lines.append(f"![{goal.title}: {', '.join(map(str, shown))}]({FIGURES}/goal-{name}.svg)")
     return "\n\n".join(lines)
@@ -165,7 +168,7 @@ def _section(records: Sequence[Record], name: str, goal: Goal, what: Search, sho
 
 def _advice(records: Sequence[Record], goal: Goal, what: Search) -> str:
     best = search.ranking(records, goal, what)[: search.BEST]
-    order = f"Best on validation images: {', then '.join(map(str, best))}."
+    order = f"Best in the search: {', then '.join(map(str, best))}."
     found = answers.recommended(records, goal, what)
     if found is None:
         return f"{order} There are too few runs for an answer."

@@ -123,10 +123,10 @@ def test_everything_that_a_goal_reads_is_measured(few_images, name, part):
     assert all(0 <= v <= 1 for metric, v in found.items() if metric.startswith(part))
 
 
-def test_goals_name_methods():
-    named = {method for goal in GOALS.values() for method in goal.methods}
-    named |= {part.method for table in parts.KINDS.values() for part in table.values()} - {None}
-    assert named <= set(methods.names())
+def test_every_method_has_a_goal():
+    assert {method for goal in GOALS.values() for method in goal.methods} == set(methods.names())
+    used = {part.method for table in parts.KINDS.values() for part in table.values()} - {None}
+    assert used <= set(methods.names())
 
 
 def test_the_parts_alone():
@@ -253,6 +253,11 @@ def test_a_gain_is_the_difference_over_seeds(values, mean, error, answer):
     assert found.mean == pytest.approx(mean, nan_ok=True)
     assert found.error == pytest.approx(error, abs=1e-4, nan_ok=True)
     assert (found.answer, found.seeds) == (answer, len(values))
+
+
+def test_what_is_said_where_the_baseline_diverged():
+    records = of({str(BASELINE): [0.8, math.nan, 0.75], "ewgs + sgd + none": [0.9, 0.9, 0.9]})
+    assert answers.gain(records, GOALS["cost"], GOALS["cost"].readings[0], Combination("ewgs")).answer == "open"
 
 
 def test_a_part_alone_is_taken_where_it_does_as_well(whole):

@@ -35,7 +35,7 @@ def test_committed_runs_are_of_todays_settings():
 
 def test_without_runs_no_number_is_said():
     page, figures = _methods_guide.page([], search.FULL)
-    assert "**Nothing ran yet**, so there is no answer yet. `fastflat methods goals` runs it" in page
+    assert "**Nothing ran yet**, so that this page has no answer. `fastflat methods goals` runs it" in page
     assert not figures
     assert not re.search(r"\d %\W*\||±|\*\*Take", page)
     for goal in GOALS.values():

@@ -26,7 +26,7 @@ class Gain:
         mean, error: of the differences between runs of one seed, and its standard error; NaN where one diverged.
         seeds: how many both have.
         answer: ``"more"`` or ``"less"`` where the mean lies beyond two standard errors of 0, ``"same"`` where it does
-            not, ``"open"`` with fewer than three seeds. A combination that diverged is ``"less"``.
+            not, ``"open"`` with fewer than three seeds or where the other diverged. What diverges itself is ``"less"``.
     """
 
     reading: Reading
@@ -58,7 +58,8 @@ def gain(
     """What a combination gains over another in a reading."""
     arms = key(reading.condition, combination), key(reading.condition, base)
     found = verdict.finding(records, Claim(reading.metric, *arms, goal.direction))
-    if found.holds is None:
+    others = verdict.values(records, arms[1], reading.metric).values()
+    if found.holds is None or not all(map(math.isfinite, others)):
         answer = "open"
     elif found.holds:
         answer = "more"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The goals of the guide: what chooses, what is reported, which methods claim it."""
+"""The goals of the guide: what chooses, what is reported, which methods aim at it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Goal:
         chosen: (condition, metric) on validation images that ranks the combinations; of the sharpness on training
             images, with another seed than those reported.
         readings: what is reported.
-        methods: those whose papers claim it.
+        methods: those that aim at it.
         axis: of the figure.
         direction: which values are better.
         most_passes: only combinations with at most so many passes a step are ranked.
@@ -108,8 +108,8 @@ GOALS = {
         ("cure", "krylov"),
         "radius of PGD, share of the range of a pixel",
         limits=(
-            "An attack of ten steps finds an upper bound of the accuracy that is left. Training on attacked images,"
-            " which costs as many passes, is in the reports of cure and krylov."
+            "An attack of ten steps finds an upper bound of the accuracy that is left. Training on attacked images was"
+            " not searched: see the reports of cure and krylov."
         ),
     ),
     "sharpness": Goal(
