@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fastflat.cli import _guide_cells as cells
@@ -162,7 +163,12 @@ def _section(records: Sequence[Record], name: str, goal: Goal, what: Search, sho
     claims = ", ".join(f"[{method}]({_REPORT}#{method})" for method in goal.methods)
     lines.append(f"{goal.limits} Methods that aim at it: {claims}.".strip())
     if len(shown) > 1:
-        lines.append(f"![{goal.title}: {', '.join(map(str, shown))}]({FIGURES}/goal-{name}.svg)")
+        told = (
+            ", ".join(map(str, shown))
+            if goal.most_passes is None
+            else "all that was run, the time of a step over the baseline's beside it"
+        )
+        lines.append(f"![{goal.title}: {told}]({FIGURES}/goal-{name}.svg)")
     return "\n\n".join(lines)
 
 
@@ -190,6 +196,8 @@ def _advice(records: Sequence[Record], goal: Goal, what: Search) -> str:
 def _figure(records: Sequence[Record], name: str, goal: Goal, shown: Sequence[Combination]) -> str:
     from fastflat.cli import _figures
 
+    if goal.most_passes is not None:
+        return _figures.dots(f"goal-{name}", _by_cost(records, goal), "test accuracy")
     arms = {str(c): c for c in shown}
     readings = {str(i): reading for i, reading in enumerate(goal.readings)}
     kind, measured = "lines" if len(readings) > 2 else "bars", "test accuracy"
@@ -203,3 +211,17 @@ def _figure(records: Sequence[Record], name: str, goal: Goal, shown: Sequence[Co
         return verdict.spread(list(runs.values()))
 
     return _figures.arms(f"goal-{name}", figure, list(arms), spread)
+
+
+def _by_cost(records: Sequence[Record], goal: Goal) -> dict[str, tuple[float, float]]:
+    """Mean and deviation of all that was run for a goal's only reading, also for other goals, the cheapest first."""
+    (reading,) = goal.readings
+    arms = dict.fromkeys(r.arm for r in records if r.kind == "run" and r.arm.startswith(f"{reading.condition}: "))
+    rows = []
+    for arm in arms:
+        combination = search.combination(arm)
+        spread = verdict.spread(list(verdict.values(records, arm, reading.metric).values()))
+        if math.isfinite(spread[0]):
+            rows.append((answers.cost(records, combination), combination, spread))
+    rows.sort(key=lambda row: (not math.isfinite(row[0]), row[0], row[1].passes))
+    return {f"{combination}, {cells.cost(records, combination)}": spread for _, combination, spread in rows}

@@ -67,7 +67,7 @@ class Search:
         return dataclasses.asdict(self.size)
 
 
-FULL = Search(training.Size(passes=500, images=3000, test_images=2000, hard=200))
+FULL = Search(training.Size(passes=400, images=3000, test_images=2000, hard=200))
 QUICK = Search(
     training.Size(passes=32, images=640, test_images=200, hard=40),
     ("lsq", "tempered"),
@@ -85,6 +85,11 @@ Train = Callable[[Combination, str, int, dict[str, float], training.Size, str | 
 def key(condition: str, combination: Combination) -> str:
     """The name of an arm in the file: what is trained for what."""
     return f"{condition}: {combination}"
+
+
+def combination(arm: str) -> Combination:
+    """What is trained, from the name of an arm."""
+    return Combination(*arm.split(": ", 1)[1].split(" + "))
 
 
 def tuned(records: Sequence[Record], search: Search) -> dict[str, dict[str, float]]:
