@@ -201,4 +201,6 @@ def test_goals_and_guide(command, tmp_path, monkeypatch):
     assert status == 0
     assert f"{count} trainings, 8 figures" in out
     assert "# Which method for which goal" in (tmp_path / "g.md").read_text()
-    assert len(list((tmp_path / "figures").glob("goal-*.svg"))) == 8
+    figures = list((tmp_path / "figures").glob("goal-*.svg"))
+    assert len(figures) == 8
+    assert all(path.read_text().startswith("<svg") for path in figures)

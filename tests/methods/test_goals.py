@@ -19,7 +19,7 @@ from fastflat.quant import quantizers
 from .goal_records import SEARCH, train
 
 OPTIMIZERS = {"sgd": optim.SGD, "sam": methods.SAM, "hero": methods.HERO, "gadam": methods.Gadam}
-SIZE = training.Size(passes=12, images=40, test_images=20, hard=10, batch=8)
+SIZE = training.Size(passes=12, images=40, test_images=20, hard=6, batch=8)
 
 
 @pytest.fixture
@@ -112,8 +112,10 @@ def test_gadam_is_measured_at_its_average(few_images, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "part"), [("clean", "validation"), ("clean", "test"), ("tail", "test")])
-def test_everything_that_a_goal_reads_is_measured(few_images, name, part):
+def test_everything_that_a_goal_reads_is_measured(few_images, monkeypatch, name, part):
     """On the images that it says, and nothing of the others."""
+    if part == "validation":
+        monkeypatch.setattr(lab, "top_eigenvalue", lambda *args, **options: 1.0)
     found = training.measured(BASELINE, training.CONDITIONS[name], 0, point(BASELINE), SIZE, part)
     wanted = {goal.chosen[1] for goal in GOALS.values() if goal.chosen[0] == name}
     if part == "test":
