@@ -31,9 +31,7 @@ quarter of the steps. A combination is named by its quantizer, its optimizer and
         _stages(what),
     ]
     if any(r.kind == "tune" for r in records):
-        points = search.tuned(records, what)
-        told = (f"{name}: {', '.join(f'{k} {v:g}' for k, v in at.items())}" for name, at in points.items())
-        lines.append(f"Tuned: {'; '.join(told)}.")
+        lines += ["Tuned, and what was tried:", _tuned(records, what)]
     if any(r.kind == "search" for r in records):
         lines += [
             "The search, one training each, on validation images, the eigenvalue on training images"
@@ -94,6 +92,17 @@ def _stages(what: Search) -> str:
 3. *Runs.* For each goal the best two, the baseline, and the changed parts of the first alone, with {what.seeds} seeds
    that neither of the above has seen, on test images. What is said of gains comes from these alone.
 4. *Profile.* {what.rounds} rounds of short trainings of all of them in turns, for the time of a step."""
+
+
+def _tuned(records: Sequence[Record], what: Search) -> str:
+    """The values of each part, beside those that were tried."""
+    rows = []
+    for name, at in search.tuned(records, what).items():
+        points = {**OPTIMIZERS, **LOSSES}[name].points
+        for value, chosen in at.items():
+            tried = sorted({point[value] for point in points})
+            rows.append([name, value, f"{chosen:g}", ", ".join(f"{number:g}" for number in tried)])
+    return cells.table(["part", "value", "chosen", "tried"], rows)
 
 
 def _every(records: Sequence[Record], what: Search) -> str:

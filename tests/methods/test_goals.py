@@ -198,7 +198,9 @@ def test_finished_trainings_are_not_made_again(tmp_path):
     assert read(path) == first
     records = list(search.run(SEARCH, path, train=counted))
     assert records[:20] == first
-    assert len(made) == len(records) == len(read(path))
+    assert records == read(path)
+    # What was tuned at the chosen point is searched, too: the baseline, SAM, Gadam and DiGN alone.
+    assert len(made) == len(records) - 4
     made.clear()
     assert list(search.run(SEARCH, path, train=counted)) == records
     assert not made

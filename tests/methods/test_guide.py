@@ -69,7 +69,8 @@ def test_the_page_says_what_the_runs_give(records, monkeypatch):
     assert "| [A flat minimum](#a-flat-minimum) | lsq + gadam + none | **-5 ± 0** | 1.00 x |" in lines
     assert "| tempered + sgd + none | – | – | 82.0 % (**+2.0 ± 0.0**) | – | 1 | 1.00 x |" in lines
     assert "**Take tempered + sam + dign** (lr 0.05, rho 0.2, smax 0.6): it gains" in page
-    assert "Tuned: sgd: lr 0.1; sam: lr 0.05, rho 0.2; gadam: lr 0.001; dign: smax 0.6." in lines
+    assert "| sgd | lr | 0.1 | 0.025, 0.05, 0.1, 0.2 |" in lines
+    assert "| sam | rho | 0.2 | 0.05, 0.2 |" in lines
     assert set(figures) == {f"goal-{name}.svg" for name in GOALS}
     assert all(f"(figures/{name})" in page for name in figures)
     assert "tempered + sam + dign, 4.00 x" in figures["goal-cost.svg"]

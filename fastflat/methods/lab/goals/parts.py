@@ -171,7 +171,7 @@ LOSSES = {
         method="symreg",
     ),
     "dign": Part(
-        "DiGN, one copy",
+        "DiGN, one copy, all of it noisy",
         _noisy_copies,
         2,
         _grid(smax=(1.2, 0.6, 2.4)),

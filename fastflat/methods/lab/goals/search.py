@@ -184,16 +184,20 @@ def run(
     records: list[Record] = []
 
     def one(kind: str, name: str, combination: Combination, seed: int, at: dict[str, float], size: training.Size):
-        part = {"run": "test", "profile": None}.get(kind, "validation")
+        part, arm = {"run": "test", "profile": None}.get(kind, "validation"), key(name, combination)
 
         def metrics() -> dict[str, float]:
-            before(f"{kind} {key(name, combination)}, seed {seed}")
+            # What was tuned and is searched at the same point is one training.
+            for r in records:
+                if kind == "search" and (r.kind, r.arm, r.choice) == ("tune", arm, at):
+                    return r.metrics
+            before(f"{kind} {arm}, seed {seed}")
             try:
                 return train(combination, name, seed, at, size, part)
             except ArithmeticError:
                 return {"seconds_per_step": math.nan}
 
-        records.append(kept.one(kind, key(name, combination), seed, at, metrics))
+        records.append(kept.one(kind, arm, seed, at, metrics))
         return records[-1]
 
     if search.tune:
