@@ -72,6 +72,11 @@ def interpreter(name: str) -> str:
     found = shutil.which(name)
     if found is None:
         raise MatrixError(f"PYTHONS must name installed Pythons, got {name!r}")
+    # A version manager's stand-in may be on PATH for a Python that is not switched on.
+    started = subprocess.run([found, "-c", ""], capture_output=True, text=True, check=False)
+    if started.returncode != 0:
+        said = next(iter(started.stderr.strip().splitlines()), f"status {started.returncode}")
+        raise MatrixError(f"PYTHONS must name Pythons that start, got {name!r}: {said}")
     return found
 
 
@@ -87,8 +92,9 @@ def pair(wheel: Path, python: str, torch: str, tests: Sequence[str], folder: Pat
         _call([*install, "--no-deps", str(wheel)])
         there = same_libraries.report(inside)
         same = same_libraries.compare(str(wheel), there)
-        # A copy, so that the source tree is out of sight.
-        shutil.copytree(ROOT / "tests", folder / "tests")
+        # A copy, so that the source tree cannot be imported; some tests read the kernels' sources.
+        for name in ("tests", "csrc"):
+            shutil.copytree(ROOT / name, folder / name)
         shutil.copy(ROOT / "pyproject.toml", folder)
         command = [inside, "-m", "pytest", "-q", "-m", "not triton", "-n", str(workers), *tests]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

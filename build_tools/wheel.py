@@ -6,12 +6,14 @@ Usage: wheel.py [CUDA]. The wheel is built and repaired aside and comes into ``d
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,6 +70,20 @@ def make(cuda: str | None, env: Mapping[str, str]) -> Path:
         return Path(shutil.move(wheel, ROOT / "dist" / wheel.name))
 
 
+def listing(wheel: Path) -> list[str]:
+    """What a wheel carries, a line for each library."""
+    with zipfile.ZipFile(wheel) as archive:
+        built = json.loads(archive.read("fastflat/_build_info.json"))
+        lines = [f"{wheel.name}  {wheel.stat().st_size / 1e6:.2f} MB, torch {built['torch_target']} and later"]
+        for name, library in built["libraries"].items():
+            if not library["built"]:
+                continue
+            held = archive.getinfo(f"fastflat/libfastflat_{name}.so")
+            made = f"CUDA {built['nvcc']}: {' '.join(built['arches'])}" if name == "cuda" else built["compiler"]
+            lines.append(f"  {name}: {held.file_size / 1e6:.2f} MB, {held.compress_size / 1e6:.2f} MB packed; {made}")
+    return lines
+
+
 def _run(what: str, command: list[str], env: Mapping[str, str]) -> None:
     done = subprocess.run(command, env=dict(env), cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -88,7 +104,7 @@ def main(words: list[str]) -> int:
     except (BuildError, OSError) as error:
         print(f"fastflat: {error}", file=sys.stderr)
         return 2
-    print(f"{wheel.relative_to(ROOT)}  {wheel.stat().st_size / 1e6:.2f} MB")
+    print("\n".join(listing(wheel)))
     return 0
 
 

@@ -211,7 +211,8 @@ class CompiledValue(Function):
 def binarize(x: Tensor, h: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
     """y and alpha by the Function that the mode in force needs."""
     if torch.compiler.is_compiling():
-        return CompiledValue.apply(x, h, *plan.rule, plan.dtype)
+        # by place: the compiler of torch 2.10 reads no property of a named tuple
+        return CompiledValue.apply(x, h, *plan[:5])
     function = Value if transformed() else PlainValue
     return function.apply(x, h, plan)
 

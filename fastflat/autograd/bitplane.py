@@ -169,7 +169,8 @@ class CompiledValue(Function):
 def bitplane(p: Tensor, q: Tensor, m: Tensor, scale: Tensor, beta: Tensor, plan: Plan) -> Tensor:
     """w by the Function that the mode in force needs."""
     if torch.compiler.is_compiling():
-        return CompiledValue.apply(p, q, m, scale, beta, *plan.hard, plan.dtype)
+        # by place: the compiler of torch 2.10 reads no property of a named tuple
+        return CompiledValue.apply(p, q, m, scale, beta, *plan[:3])
     function = Value if transformed() else PlainValue
     return function.apply(p, q, m, scale, beta, plan)
 

@@ -210,7 +210,8 @@ class CompiledValue(Function):
 def liq(w: Tensor, clip: Tensor, plan: Plan) -> Tensor:
     """y by the Function that the mode in force needs."""
     if torch.compiler.is_compiling():
-        return CompiledValue.apply(w, clip, *plan.grid, plan.dtype)
+        # by place: the compiler of torch 2.10 reads no property of a named tuple
+        return CompiledValue.apply(w, clip, *plan[:4])
     if not transformed():
         return PlainValue.apply(w, clip, plan)
     return Value.apply(w, clip, *Moments.apply(w.detach(), plan), plan)

@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,8 +65,6 @@ from fastflat.methods import lab
 from fastflat.methods._contract import Arm, Check, Claim, Experiment, Figure, Method, Settings
 from fastflat.methods._hook import Hook
 from fastflat.methods.lab import robust
-from fastflat.methods.lab.networks import MLP
-from fastflat.optim import SGD
 
 __all__ = ["METHOD", "CURELoss", "curvature_penalty"]
 
@@ -275,22 +273,18 @@ _EPS = 0.1
 _PGD_STEPS = 7
 
 
+def _hook(name: str, choice: Mapping[str, float], eps: float, lo: float, hi: float) -> Hook:
+    """What an arm trains on."""
+    if name == "plain":
+        return Hook()
+    if name == "pgd":
+        return robust.AdversarialTraining(eps, steps=_PGD_STEPS, lo=lo, hi=hi)
+    return _Rising(choice["strength"], squared=name == "cure")
+
+
 def _train(name: str, seed: int, settings: Settings) -> dict[str, float]:
-    parts = lab.images(settings.images, settings.test_images)
-    lo, hi = robust.pixel_range(parts)
-    train = (parts.train[0].clamp(lo, hi), parts.train[1])
-    hook = {
-        "plain": Hook,
-        "pgd": lambda: robust.AdversarialTraining(_EPS * (hi - lo), steps=_PGD_STEPS, lo=lo, hi=hi),
-        "cure": lambda: _Rising(settings.choice["strength"]),
-        "cure_unsquared": lambda: _Rising(settings.choice["strength"], squared=False),
-    }[name]()
-
-    def make(m: nn.Module) -> torch.optim.Optimizer:
-        return SGD(m.parameters(), lr=settings.choice["lr"], momentum=0.9, weight_decay=5e-4)
-
-    net = functools.partial(MLP, 1, 28, parts.classes)
-    done = lab.fit(net, make, train, settings.steps, seed, batch=settings.batch, hook=hook)
+    hook = _hook(name, settings.choice, *robust.ball(_EPS, settings))
+    parts, done = robust.fit(hook, seed, settings)
     right = {
         part: robust.robust_correct(done.model, parts, part, _EPS, robust.pgd_attack(20)).double().mean()
         for part in ("validation", "test")

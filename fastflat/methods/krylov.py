@@ -53,17 +53,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastflat import _checks, evaluate
-from fastflat._ops import compute_dtype
+from fastflat import evaluate
 from fastflat.curvature import InputHessian
 from fastflat.evaluate import _ball, _runs
-from fastflat.evaluate.attacks import Attack
 from fastflat.methods import lab
 from fastflat.methods._contract import Arm, Check, Claim, Experiment, Figure, Method, Settings
 from fastflat.methods._hook import Hook
 from fastflat.methods.lab import robust
-from fastflat.methods.lab.networks import MLP
-from fastflat.optim import SGD
+from fastflat.methods.lab.second_order import SecondOrderAttack, row_lanczos
 
 __all__ = ["METHOD", "KrylovAdversarialLoss", "KrylovSolution", "krylov_solve", "second_order_attack"]
 
@@ -105,39 +102,13 @@ def krylov_solve(op: Any, B: Tensor, m: int, damping: float = 0.0) -> KrylovSolu
         raise ValueError(f"fastflat.methods.krylov_solve: B must be a floating tensor [B, d], got {got}")
     _dimension("fastflat.methods.krylov_solve", m)
     _damping("fastflat.methods.krylov_solve", damping)
-    m = max(1, min(m, B.shape[1]))
-    wide = compute_dtype(B.dtype)
-    # A vector whose length is rounding errors of the product that made it ends the space: 100 epsilons of the largest
-    # entry of T, what sums over d of the float32 products that made it may leave.
-    floor = 100 * torch.finfo(B.dtype).eps
-    length = torch.linalg.vector_norm(B.to(wide), dim=1, keepdim=True)
-    basis = [B.to(wide) / length.clamp(min=torch.finfo(wide).tiny)]
-    T = B.new_zeros(len(B), m + 1, m, dtype=torch.float64)
-    scale = B.new_zeros(len(B), 1, dtype=wide)
-    alive = length > 0
-    for j in range(m):
-        w = op.matmat(basis[j].to(B.dtype)).to(wide)
-        Q = torch.stack(basis, 1)
-        for _ in range(2):
-            c = torch.einsum("bjd,bd->bj", Q, w)
-            w = w - torch.einsum("bjd,bj->bd", Q, c)
-            T[:, j, j] += c[:, j]
-        beta = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-        scale = torch.maximum(scale, torch.maximum(T[:, j, j : j + 1].abs().to(wide), beta))
-        alive = alive & (beta > floor * scale)
-        beta = torch.where(alive, beta, 0)
-        basis.append(torch.where(alive, w / beta.clamp(min=torch.finfo(wide).tiny), 0))
-        T[:, j + 1, j] = beta[:, 0]
-        if j + 1 < m:
-            T[:, j, j + 1] = beta[:, 0]
-    V = torch.stack(basis[:m], 1)
-    held = (V != 0).any(2).to(torch.float64)
-    A = T
-    A.diagonal(dim1=1, dim2=2).add_(damping * held)
+    spaces = row_lanczos(op, B, m)
+    A, V, m = spaces.T, spaces.V, spaces.V.shape[1]
+    A.diagonal(dim1=1, dim2=2).add_(damping * spaces.held)
     right = A.new_zeros(len(B), m + 1, 1)
-    right[:, 0] = length
+    right[:, 0] = spaces.length
     c = torch.linalg.pinv(A, rtol=1e-14) @ right
-    x = torch.einsum("bjd,bj->bd", V, c[..., 0].to(wide)).to(B.dtype)
+    x = torch.einsum("bjd,bj->bd", V, c[..., 0].to(V.dtype)).to(B.dtype)
     return KrylovSolution(x, torch.linalg.vector_norm((A @ c - right)[..., 0], dim=1).to(B.dtype), m)
 
 
@@ -195,7 +166,7 @@ def second_order_attack(
         return attack.result(attack.climb(begin, step, steps, freeze=False))
 
 
-class _KrylovAttack(Attack):
+class _KrylovAttack(SecondOrderAttack):
     """Steps along Krylov directions where the plain attack takes the gradient."""
 
     m: int | None
@@ -205,22 +176,11 @@ class _KrylovAttack(Attack):
     def _gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.m == 1:
             return super()._gradient(x)
-        seen: list[Tensor] = []
-
-        def loss(logits: Tensor, y: Tensor) -> Tensor:
-            losses = self._of(logits)
-            if not losses.requires_grad:
-                _checks.fail(self.name, "model", "be differentiable in its inputs", "outputs without a gradient")
-            seen.append(logits.detach())
-            return losses.sum()
-
-        op = InputHessian(self.model, loss, x.to(self.x.dtype), self.y, reduction="sum", method="double_backward")
-        g = op.gradients()
-        self._finite &= g.isfinite().all()
+        op, g, logits = self._linearized(x)
         if self._most is None:
-            self._most = _dimension_for(self.m, self.model, x.to(self.x.dtype), self.y, seen[-1], g)
+            self._most = _dimension_for(self.m, self.model, x.to(self.x.dtype), self.y, logits, g)
         d = _direction(op, g, self._most, self.damping)
-        return d.to(x.dtype).view(x.shape), seen[-1]
+        return d.to(x.dtype).view(x.shape), logits
 
 
 def _dimension_for(m: int | None, model: nn.Module, x: Tensor, y: Tensor, logits: Tensor, g: Tensor) -> int:
@@ -358,16 +318,7 @@ def _hook(name: str, eps: float, lo: float, hi: float) -> Hook:
 
 
 def _train(name: str, seed: int, settings: Settings) -> dict[str, float]:
-    parts = lab.images(settings.images, settings.test_images)
-    lo, hi = robust.pixel_range(parts)
-    train = (parts.train[0].clamp(lo, hi), parts.train[1])
-    hook = _hook(name, _EPS * (hi - lo), lo, hi)
-    net = functools.partial(MLP, 1, 28, parts.classes)
-
-    def make(m: nn.Module) -> torch.optim.Optimizer:
-        return SGD(m.parameters(), lr=settings.choice["lr"], momentum=0.9, weight_decay=5e-4)
-
-    done = lab.fit(net, make, train, settings.steps, seed, batch=settings.batch, hook=hook)
+    parts, done = robust.fit(_hook(name, *robust.ball(_EPS, settings)), seed, settings)
     attacks = {"pgd": robust.pgd_attack(20), "krylov": _attack}
     found = {
         f"{kind}_accuracy": robust.robust_correct(done.model, parts, "test", _EPS, attack)

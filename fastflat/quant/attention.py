@@ -137,8 +137,11 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
             return [x.unsqueeze(1) for x in found]
         if not self.batch_first:
             return found
-        moved = {id(x): x.transpose(0, 1) for x in found}
-        return [moved[id(x)] for x in found]
+        q, k, v = found
+        moved = [q.transpose(0, 1)]
+        moved.append(moved[0] if k is q else k.transpose(0, 1))
+        moved.append(moved[0] if v is q else moved[1] if v is k else v.transpose(0, 1))
+        return moved
 
     def _projections(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """q, k, v ``[length, batch, embed_dim]``; inputs that are one tensor take one multiplication."""

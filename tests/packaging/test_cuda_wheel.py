@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wheels for one CUDA version: which toolkit, which architectures, and one clear line for what cannot be."""
 
+import json
 import pathlib
 import re
+import zipfile
 
 import pytest
 import torch
@@ -147,3 +149,24 @@ def test_the_line_of_a_log_that_says_why():
     assert wheel._told([*steps, "fastflat: nvcc is too old", "a: error: b"]) == "nvcc is too old"
     assert wheel._told(["a", "b"]) == "b"
     assert wheel._told([]) == ""
+
+
+def test_the_listing_says_what_a_wheel_carries(tmp_path):
+    made = tmp_path / "fastflat-1-py3-none-any.whl"
+    info = {
+        "torch_target": "2.10",
+        "compiler": "g++ 12",
+        "nvcc": "13.0",
+        "arches": ["8.0", "9.0+PTX"],
+        "libraries": {"cpu": {"built": True}, "cuda": {"built": False}},
+    }
+    for built in (False, True):
+        info["libraries"]["cuda"]["built"] = built
+        with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("fastflat/_build_info.json", json.dumps(info))
+            archive.writestr("fastflat/libfastflat_cpu.so", b"0" * 1_000_000)
+            archive.writestr("fastflat/libfastflat_cuda.so", b"0" * 2_500_000)
+        first, cpu, *cuda = wheel.listing(made)
+        assert first == "fastflat-1-py3-none-any.whl  0.00 MB, torch 2.10 and later"
+        assert cpu == "  cpu: 1.00 MB, 0.00 MB packed; g++ 12"
+        assert cuda == (["  cuda: 2.50 MB, 0.00 MB packed; CUDA 13.0: 8.0 9.0+PTX"] if built else [])

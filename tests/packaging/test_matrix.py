@@ -71,6 +71,12 @@ def test_one_line_where_something_is_missing(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("fastflat: the wheel must exist, got ")
     assert said[1] == "fastflat: PYTHONS must name installed Pythons, got 'python9.9'"
+    shim = tmp_path / "python9.9"
+    shim.write_text("#!/bin/sh\necho 'python9.9: switch it on first' >&2\necho more >&2\nexit 127\n")
+    shim.chmod(0o755)
+    assert matrix.main([str(wheel), "--pythons", str(shim), *rest[2:]]) == 2
+    want = f"fastflat: PYTHONS must name Pythons that start, got '{shim}': python9.9: switch it on first\n"
+    assert capsys.readouterr().err == want
 
 
 def test_an_environment_goes_when_its_torch_cannot_be_had(tmp_path, monkeypatch):

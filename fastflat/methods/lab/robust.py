@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy of a network under attack, for experiments on normalised images."""
+"""Training and accuracy of a network under attack, for experiments on normalised images."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +15,12 @@ from torch.nn import functional as F
 from fastflat import evaluate
 from fastflat.evaluate import _runs
 from fastflat.functional import softmax_kl
+from fastflat.methods._contract import Settings
 from fastflat.methods._hook import Hook
-from fastflat.methods.lab.data import Split
+from fastflat.methods.lab import training
+from fastflat.methods.lab.data import Split, images
+from fastflat.methods.lab.networks import MLP
+from fastflat.optim import SGD
 
 #: ``attack(model, x, y, eps, lo, hi) -> x'``.
 Attack = Callable[[nn.Module, Tensor, Tensor, float, float, float], Tensor]
@@ -33,6 +39,44 @@ def pgd_attack(steps: int, seed: int = 0) -> Attack:
         return evaluate.pgd(model, x, y, eps, steps=steps, lo=lo, hi=hi, generator=g)
 
     return attack
+
+
+def fgsm_attack(model: nn.Module, x: Tensor, y: Tensor, eps: float, lo: float, hi: float) -> Tensor:
+    """FGSM in the ``linf`` ball."""
+    return evaluate.fgsm(model, x, y, eps, lo=lo, hi=hi)
+
+
+def margin_attack(steps: int, seed: int = 0) -> Attack:
+    """PGD on the margin of the logits, whose gradient does not vanish where the network is sure, from random points."""
+
+    def margin(logits: Tensor, y: Tensor) -> Tensor:
+        own = F.one_hot(y, logits.shape[1]).bool()
+        return logits.masked_fill(own, -math.inf).amax(1) - logits[own]
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float, lo: float, hi: float) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        return evaluate.pgd(model, x, y, eps, steps=steps, loss=margin, lo=lo, hi=hi, generator=g)
+
+    return attack
+
+
+def ball(eps: float, settings: Settings) -> tuple[float, float, float]:
+    """(radius, lo, hi) in units of the normalised images, for a radius in units of images in [0, 1]."""
+    lo, hi = pixel_range(images(settings.images, settings.test_images))
+    return eps * (hi - lo), lo, hi
+
+
+def fit(hook: Hook, seed: int, settings: Settings) -> tuple[Split, training.Fit]:
+    """Fashion-MNIST, and a network of two hidden layers that a hook trains on its images, clamped to
+    :func:`pixel_range`, by SGD with momentum."""
+    parts = images(settings.images, settings.test_images)
+    train = (parts.train[0].clamp(*pixel_range(parts)), parts.train[1])
+
+    def make(m: nn.Module) -> torch.optim.Optimizer:
+        return SGD(m.parameters(), lr=settings.choice["lr"], momentum=0.9, weight_decay=5e-4)
+
+    net = functools.partial(MLP, 1, 28, parts.classes)
+    return parts, training.fit(net, make, train, settings.steps, seed, batch=settings.batch, hook=hook)
 
 
 def crafted(model: nn.Module, x: Tensor, y: Tensor, eps: float, **options: Any) -> Tensor:

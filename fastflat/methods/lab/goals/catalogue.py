@@ -105,11 +105,11 @@ GOALS = {
         "Attacked images",
         ("clean", "validation_robust"),
         tuple(Reading(f"{100 * r:g} %", "clean", f"test_robust_{100 * r:g}") for r in RADII),
-        ("cure", "krylov"),
+        ("cure", "krylov", "hsat"),
         "radius of PGD, share of the range of a pixel",
         limits=(
             "An attack of ten steps finds an upper bound of the accuracy that is left. Training on attacked images was"
-            " not searched: see the reports of cure and krylov."
+            " not searched: see the reports of cure, krylov and hsat."
         ),
     ),
     "sharpness": Goal(
@@ -130,7 +130,7 @@ GOALS = {
         "Accuracy at the cost of plain training",
         ("clean", "validation_accuracy"),
         (Reading("3 bits", "clean", "test_accuracy"),),
-        ("large_scale", "gadam", "symreg", "noise_tempering"),
+        ("large_scale", "rmt", "gadam", "symreg", "noise_tempering"),
         "combinations of one pass a step",
         most_passes=1,
         limits="Ranked are combinations of one forward-backward pass a step.",
