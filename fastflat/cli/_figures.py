@@ -126,6 +126,18 @@ def arms(name: str, figure: Figure, names: list[str], spread: Callable[[str, str
     return _svg(plt, drawn)
 
 
+def dots(name: str, rows: dict[str, tuple[float, float]], xlabel: str) -> str:
+    """A line for each label with its mean and a bar of one deviation."""
+    plt = _pyplot("dots-" + name)
+    drawn, axes = plt.subplots(figsize=(9, 0.7 + 0.26 * len(rows)), layout="constrained")
+    mean, deviation = zip(*rows.values(), strict=True)
+    axes.errorbar(mean, range(len(rows)), xerr=deviation, fmt="o", color=COLOURS[0], markersize=4, capsize=3)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set(xlabel=xlabel)
+    return _svg(plt, drawn)
+
+
 def median(values: list[float]) -> float:
     ordered = sorted(values)
     middle = len(ordered) // 2

@@ -39,7 +39,7 @@ def table(entries: Sequence[Entry], page: str = "") -> str:
     lines = ["| method | paper | claim shown | a step costs |", "|---|---|---|---|"]
     for entry in entries:
         m, costs = entry.method, entry.costs
-        name = f"[{m.name}]({page}#{m.name})" if entry.records else m.name
+        name = f"[{m.name}]({page}#{m.name})"
         paper = f"{_cell(m.title)} ([{m.arxiv}](https://arxiv.org/abs/{m.arxiv}))"
         shown = ", ".join(f"{_cell(c.arm)} {c.measured:.2f} x ({c.passes:.2g} x)" for c in costs) or "-"
         lines.append(f"| {name} | {paper} | {answer(entry)} | {shown} |")
@@ -61,18 +61,18 @@ def page(entries: Sequence[Entry]) -> tuple[str, dict[str, str]]:
 
     parts, figures = [_INTRODUCTION, table(entries)], {}
     for entry in entries:
-        if not entry.records:
-            continue
         m = entry.method
+        paper = f"{m.authors}, {m.year}, [{m.title}](https://arxiv.org/abs/{m.arxiv})."
+        head = [f"## {m.name}", f"{paper} Kernels: {', '.join(m.kernels)}.", f"**Claim.** {m.claim}"]
+        if not entry.records:
+            parts += [*head, f"**Not run yet.** {m.experiment.summary} `fastflat methods run {m.name}` runs it."]
+            continue
         experiment, arms = m.experiment, [arm.name for arm in m.experiment.arms]
         figures[f"{m.name}.svg"] = _figures.arms(m.name, experiment.figure, arms, entry.spread)
         rows = [f"| {' | '.join(['arm', *map(_metric, entry.metrics)])} |", "|" + "---|" * (1 + len(entry.metrics))]
         rows += [f"| {' | '.join([_cell(a), *(entry.cell(a, metric) for metric in entry.metrics)])} |" for a in arms]
-        paper = f"{m.authors}, {m.year}, [{m.title}](https://arxiv.org/abs/{m.arxiv})."
         parts += [
-            f"## {m.name}",
-            f"{paper} Kernels: {', '.join(m.kernels)}.",
-            f"**Claim.** {m.claim}",
+            *head,
             f"**Experiment.** {experiment.summary}{' Quick settings, which prove nothing.' if entry.quick else ''}",
             "\n".join(rows),
             "\n".join(f"- {_cell(line)}" for line in [*sentences(entry.findings), *chosen(entry), *cost(entry)]),

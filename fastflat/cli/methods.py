@@ -24,6 +24,7 @@ _FILE = click.Path(path_type=Path)
 _DEFAULT = Path("runs") / "methods"
 _JSON = click.option("--json", "json_file", type=_FILE, help="Write the results to this file, too.")
 _THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+_RUNS = click.option("--runs", type=_FILE, help="File of the runs; by default runs/methods-goals.jsonl.")
 _FOLDER = click.option("--out", type=_FILE, default=_DEFAULT, show_default=True, help="Folder of the runs.")
 
 
@@ -38,6 +39,7 @@ def methods() -> None:
       fastflat methods check
       fastflat methods run sam --quick
       fastflat methods report
+      fastflat methods goals --quick
     """
 
 
@@ -190,6 +192,66 @@ def report(out: Path, page: Path | None, markdown: Path | None, table: Path | No
         files[table] = _methods_markdown.inserted(text, entries, Path(from_table).as_posix() if from_table else "")
     _files.write_all({path: text.encode() for path, text in files.items()})
     click.echo(f"{sum(bool(e.records) for e in entries)} of {len(entries)} methods have runs; report: {page}")
+
+
+@methods.command()
+@click.option(
+    "--quick", is_flag=True, help="A few combinations, small: shows that it works in two minutes, proves nothing."
+)
+@_RUNS
+@_THREADS
+def goals(quick: bool, runs: Path | None, threads: int | None) -> None:
+    """Search combinations of quantizer, optimizer and loss for what serves which goal on a low-bit network; what was
+    finished before is not trained again."""
+    from tqdm import tqdm
+
+    from fastflat.methods.lab.goals import search
+
+    what, path = (search.QUICK if quick else search.FULL), _goals_file(runs, quick)
+    if path.is_dir():
+        raise ValueError(f"methods: --runs must be a file, got the folder {path}")
+    _prepare(threads)
+    records = []
+    with tqdm(total=search.size(what), unit="training", leave=False, disable=None) as bar:
+        for record in search.run(what, path, bar.set_description):
+            records.append(record)
+            bar.update()
+            if bar.n >= bar.total:
+                bar.total = search.size(what, records)
+            if record.kind != "profile":
+                bar.clear()
+                values = record.metrics.items()
+                shown = ", ".join(f"{k} {v:.4g}" for k, v in values if k.endswith(("_accuracy", "rounded", "robust")))
+                click.echo(f"{record.kind} {record.arm}, seed {record.seed}: {shown or 'diverged'}")
+    click.echo(f"{len(records)} trainings in {path}; fastflat methods guide --markdown FILE writes the page")
+
+
+@methods.command()
+@click.option("--quick", is_flag=True, help="Of the quick search.")
+@_RUNS
+@click.option("--markdown", type=_FILE, required=True, help="Write the page to this file, figures/ beside it.")
+def guide(quick: bool, runs: Path | None, markdown: Path) -> None:
+    """The user's guide: which method for which goal, which pairs go together, drawn from the runs of the search."""
+    from fastflat.cli import _methods_guide
+    from fastflat.methods.lab.goals import search
+    from fastflat.methods.lab.records import read
+
+    path = _goals_file(runs, quick)
+    if runs is not None and not path.is_file():
+        raise ValueError(f"methods: --runs must be a file of runs, got {path}; fastflat methods goals makes it")
+    _writable(markdown)
+    records = read(path)
+    text, figures = _methods_guide.page(records, search.QUICK if quick else search.FULL)
+    folder = markdown.parent / _methods_markdown.FIGURES
+    if figures:
+        folder.mkdir(exist_ok=True)
+    files = {markdown: text} | {folder / name: svg for name, svg in figures.items()}
+    _files.write_all({path: text.encode() for path, text in files.items()})
+    click.echo(f"{len(records)} trainings, {len(figures)} figures; page: {markdown}")
+
+
+def _goals_file(runs: Path | None, quick: bool) -> Path:
+    return runs or Path("runs") / f"methods-goals{'-quick' if quick else ''}.jsonl"
 
 
 def _facts(m: Method) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import re
 import pytest
 
 from fastflat import methods
+from fastflat.methods.lab.goals import search
 
-from ..methods import toy
+from ..methods import goal_records, toy
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_run_and_report(command, one, tmp_path):
     status, out, _ = command("methods", "run", "toy", "--out", tmp_path / "r")
     assert status == 0
     assert "toy: reproduced" in out
-    assert len(ran) == 12
+    assert len(ran) == 14
     ran.clear()
     assert command("methods", "run", "toy", "--out", tmp_path / "r")[0] == 0
     assert not ran
@@ -82,7 +83,7 @@ def test_run_and_report(command, one, tmp_path):
     assert "**Answer: reproduced.**" in text
     assert "(figures/toy.svg)" in text
     assert r"- chosen on validation examples: base: lr 0.1; \<new\>: lr 0.3" in text
-    assert r"a wider one may change the answer: base, \<new\>" in text
+    assert "at an end of what was tried" not in text
     assert (tmp_path / "figures" / "toy.svg").read_text().count("<svg") == 1
     lines = (tmp_path / "read.md").read_text().splitlines()
     assert [lines[0], lines[-1], len(lines)] == ["before", "after", 7]
@@ -115,7 +116,7 @@ def test_a_profile_stands_in_the_report(command, one, tmp_path, monkeypatch):
     command("methods", "report", "--out", tmp_path)
     (entry,) = json.loads((tmp_path / "report.json").read_text())
     assert entry["costs"] == [{"arm": "<new>", "measured": 2.5, "passes": 2.0}]
-    assert len(entry["runs"]) == 12
+    assert len(entry["runs"]) == 14
 
 
 def test_quick_runs_are_named_so(command, one, tmp_path):
@@ -137,6 +138,11 @@ def test_quick_runs_are_named_so(command, one, tmp_path):
         (["run", "sam", "--out", "{tmp}/file"], "--out must be a folder, got the file"),
         (["run", "sam", "--seeds", "0"], "0 is not in the range"),
         (["profile", "sam", "--rounds", "0"], "0 is not in the range"),
+        (["goals", "--runs", "{tmp}"], "--runs must be a file, got the folder"),
+        (["guide", "--runs", "{tmp}/none", "--markdown", "{tmp}/a.md"], "--runs must be a file of runs, got"),
+        (["guide", "--markdown", "{tmp}/no/a.md"], "must name a file in an existing folder"),
+        (["guide"], "Missing option '--markdown'"),
+        (["guide", "--runs", "{tmp}/file", "--markdown", "{tmp}/a.md"], "line 1 of"),
     ],
 )
 def test_bad_input_gets_one_line(command, tmp_path, arguments, message):
@@ -171,3 +177,31 @@ def test_a_page_without_marks_stays_as_it_is(command, one, tmp_path):
     assert err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "read.md").read_text() == "no marks\n"
+
+
+def test_goals_and_guide(command, tmp_path, monkeypatch):
+    made = []
+
+    def counted(*args):
+        made.append(args)
+        return goal_records.train(*args)
+
+    monkeypatch.setattr(search, "QUICK", goal_records.SEARCH)
+    monkeypatch.setattr(search, "_measured", counted)
+    runs = tmp_path / "new" / "runs.jsonl"
+    status, out, _ = command("methods", "goals", "--quick", "--runs", runs)
+    assert status == 0
+    count = len(runs.read_text().splitlines())
+    assert f"{count} trainings in {runs}" in out
+    assert "search clean: tempered + sam + dign, seed 1000: validation_accuracy 0.865" in out
+    assert made
+    made.clear()
+    assert command("methods", "goals", "--quick", "--runs", runs)[0] == 0
+    assert not made
+    status, out, _ = command("methods", "guide", "--quick", "--runs", runs, "--markdown", tmp_path / "g.md")
+    assert status == 0
+    assert f"{count} trainings, 8 figures" in out
+    assert "# Which method for which goal" in (tmp_path / "g.md").read_text()
+    figures = list((tmp_path / "figures").glob("goal-*.svg"))
+    assert len(figures) == 8
+    assert all(path.read_text().startswith("<svg") for path in figures)

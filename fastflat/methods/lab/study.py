@@ -4,51 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import itertools
-import json
 import math
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastflat import _files
 from fastflat.methods._contract import Arm, Experiment, Method, Settings
+from fastflat.methods.lab.records import Kept, Record, machine, write
+from fastflat.methods.lab.records import read as read
 
 #: Seed of the runs that choose from the grid; those that are reported have the seeds 0, 1, ...
 TUNING_SEED = 1000
 #: Points that an arm may try beyond the grid while its best one lies at an end.
 FURTHER = 4
-_KEYS = {"kind", "arm", "seed", "choice", "metrics", "settings", "machine"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """A finished run, a line of a study's file.
-
-    Attributes:
-        kind: ``"tune"``, ``"run"``, or ``"profile"``, a short run for the time of a step.
-        arm, seed, choice: which.
-        metrics: what the arm gave; NaN where a training did not end in finite numbers.
-        settings: the experiment's, as plain values.
-        machine: versions and threads.
-    """
-
-    kind: str
-    arm: str
-    seed: int
-    choice: dict[str, float]
-    metrics: dict[str, float]
-    settings: dict[str, Any]
-    machine: dict[str, Any]
-
-    def line(self) -> str:
-        values = dataclasses.asdict(self)
-        values["metrics"] = {k: v if math.isfinite(v) else None for k, v in self.metrics.items()}
-        return json.dumps(values, sort_keys=True) + "\n"
 
 
 class _Noted(Mapping):
@@ -79,27 +48,6 @@ def file(folder: Path, name: str, quick: bool) -> Path:
 def profile_file(folder: Path, name: str) -> Path:
     """Where the profile of a method is kept."""
     return folder / f"{name}-profile.jsonl"
-
-
-def read(path: Path) -> list[Record]:
-    """The runs in a file, none where there is no file.
-
-    Raises:
-        ValueError: a line is not one of a study's.
-    """
-    if not path.is_file():
-        return []
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            values = json.loads(line)
-            if set(values) != _KEYS or not isinstance(values["metrics"], dict):
-                raise ValueError("other keys")
-            values["metrics"] = {k: math.nan if v is None else float(v) for k, v in values["metrics"].items()}
-            records.append(Record(**values))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"methods: line {number} of {path} must be a run of a study, got: {error}") from None
-    return records
 
 
 def fingerprint(experiment: Experiment, settings: Settings) -> dict[str, Any]:
@@ -166,20 +114,12 @@ def run(
         ValueError: the file holds runs of other settings.
     """
     experiment = method.experiment
-    mark = fingerprint(experiment, settings)
-    for record in read(path):
-        if record.settings != mark:
-            odd = sorted(k for k in {*mark, *record.settings} if mark.get(k) != record.settings.get(k))
-            raise ValueError(
-                f"methods: {path} must hold runs of these settings, got others in {', '.join(odd)}; move it away, or"
-                " choose another folder"
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = Kept(path, fingerprint(experiment, settings))
     trained: list[tuple[str, str, int, dict[str, float], dict[str, float]]] = []
 
     def metrics_of(kind: str, arm: Arm, seed: int, choice: dict[str, float]) -> dict[str, float]:
-        for *what, read, metrics in trained:
-            if what == [kind, arm.name, seed] and read.items() <= choice.items():
+        for *what, used, metrics in trained:
+            if what == [kind, arm.name, seed] and used.items() <= choice.items():
                 return metrics
         before(f"{method.name}: {arm.name}, {'tuning ' + _words(choice) if kind == 'tune' else f'seed {seed}'}")
         noted = _Noted(choice)
@@ -188,14 +128,7 @@ def run(
         return metrics
 
     def one(kind: str, arm: Arm, seed: int, choice: dict[str, float]) -> Record:
-        for record in read(path):
-            if (record.kind, record.arm, record.seed, record.choice) == (kind, arm.name, seed, choice):
-                return record
-        record = Record(kind, arm.name, seed, choice, metrics_of(kind, arm, seed, choice), mark, _machine())
-        # Read anew: another process may have added lines meanwhile. Runs of a point that is no longer the best one go.
-        kept = [r for r in read(path) if (r.kind, r.arm) != (kind, arm.name) or kind == "tune" or r.choice == choice]
-        _files.write_all({path: "".join(r.line() for r in [*kept, record]).encode()})
-        return record
+        return kept.one(kind, arm.name, seed, choice, lambda: metrics_of(kind, arm, seed, choice))
 
     for arm in experiment.arms:
         grid = points(experiment)
@@ -226,10 +159,10 @@ def profile(
             before(f"{method.name}: {arm.name}, round {number}")
             metrics = _metrics(experiment, arm, number, _for_arm(settings, arm, choice), "profile")
             kept = {"seconds_per_step": metrics["seconds_per_step"]}
-            records.append(Record("profile", arm.name, number, choice, kept, mark, _machine()))
+            records.append(Record("profile", arm.name, number, choice, kept, mark, machine()))
             yield records[-1]
     path.parent.mkdir(parents=True, exist_ok=True)
-    _files.write_all({path: "".join(r.line() for r in records).encode()})
+    write(path, records)
 
 
 def _for_arm(settings: Settings, arm: Arm, choice: Mapping[str, float]) -> Settings:
@@ -259,12 +192,3 @@ def _score(value: float) -> float:
 
 def _words(choice: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in choice.items())
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "fastflat": importlib.metadata.version("fastflat"),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
-    }

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 
 from fastflat.methods._contract import Claim, Experiment
-from fastflat.methods.lab.study import Record
+from fastflat.methods.lab.records import Record
 
 #: Runs of an arm without which nothing is said.
 LEAST_SEEDS = 3
