@@ -31,7 +31,7 @@ help:
 	@echo "make bench   the benchmarks on this machine, with a page in build/bench.html; ARGS=--quick takes minutes"
 	@echo "make docs    the documentation as pages in build/docs"
 	@echo "make wheel   a wheel in dist/                         CUDA=13.0 adds the CUDA library, FASTFLAT_ARCHS narrows it"
-	@echo "make matrix  one wheel under other Pythons and torch   PYTHONS=python3.12 TORCHES=2.14.1 RECORD=file"
+	@echo "make matrix  one wheel under other Pythons and torch   PYTHONS=python3.12 TORCHES=2.14.1 RECORD=file PAGE=file"
 	@echo "make audit   compiled kernels against their budget; needs nvcc or triton, no GPU"
 	@echo "make gpu     tests, compute-sanitizer and benchmark on an NVIDIA GPU"
 
@@ -113,10 +113,11 @@ wheel: $(VENV)/.wheel-tools
 # The newest wheel in dist, or one made now, under other Pythons and other torch: no file is compiled a second time.
 MATRIX_TESTS ?= tests/ops tests/packaging/test_load.py tests/packaging/test_symbols.py
 RECORD ?=
+PAGE ?=
 matrix: $(VENV)/.installed
 	@ls dist/*.whl >/dev/null 2>&1 || $(MAKE) --no-print-directory wheel
 	@$(BIN)/python build_tools/matrix.py "$$(ls -t dist/*.whl | head -1)" --pythons "$(PYTHONS)" \
-	  --torches "$(TORCHES)" --tests "$(MATRIX_TESTS)" $(if $(RECORD),--record $(RECORD))
+	  --torches "$(TORCHES)" --tests "$(MATRIX_TESTS)" $(if $(RECORD),--record $(RECORD)) $(if $(PAGE),--page $(PAGE))
 
 # On a machine with an NVIDIA GPU; leaves the record under benchmarks/results for committing.
 gpu: build

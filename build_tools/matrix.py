@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``make matrix``: one wheel under several Pythons and several torch, its op tests green in each.
 
-Usage: matrix.py WHEEL --pythons NAMES --torches VERSIONS --tests PATHS [--record FILE]. Each pair gets an environment
-of its own, which goes when it is done. The record keeps what finished: a second run goes on from there, unless the
-wheel has changed. Exits with 1 where a pair is not green.
+Usage: matrix.py WHEEL --pythons NAMES --torches VERSIONS --tests PATHS [--record FILE [--page PAGE]]. Each pair gets an
+environment of its own, which goes when it is done. The record keeps what finished: a second run goes on from there,
+unless the wheel has changed. A page's table is drawn from the record. Exits with 1 where a pair is not green.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from build_tools import same_libraries  # noqa: E402
 
 #: What the op tests import beside torch.
 NEEDS = ("numpy", "scipy", "hypothesis", "pytest", "pytest-xdist")
+#: What a page's table stands between.
+MARKS = ("<!-- matrix: start -->\n", "<!-- matrix: end -->")
 _COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 
 
@@ -59,12 +61,40 @@ def read(path: Path, wheel: Path) -> dict[str, Any]:
     return kept if kept.get("sha256") == fresh["sha256"] else fresh
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
+def write(path: Path, text: str) -> None:
     """Aside, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".new")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as a page shows it: a row for each Python, a column for each torch."""
+    pairs = {(p["python"], p["torch"]): p for p in record["pairs"]}
+    pythons, torches = (list(dict.fromkeys(key[i] for key in pairs)) for i in range(2))
+    rows = [["Python", *(f"torch {torch}" for torch in torches)], ["---"] * (len(torches) + 1)]
+    rows += [[python, *(_cell(pairs.get((python, torch))) for torch in torches)] for python in pythons]
+    lines = "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    days = sorted({p["date"] for p in record["pairs"]})
+    when = days[0] if days[:1] == days[-1:] else f"{days[0]} to {days[-1]}"
+    return f"`{record['wheel']}`, {when}:\n\n{lines}"
+
+
+def _cell(pair: dict[str, Any] | None) -> str:
+    if pair is None:
+        return "not run"
+    said = f"{pair['passed']} passed, {pair['failed']} failed"
+    return said if pair["same_libraries"] else f"{said}, other libraries"
+
+
+def inserted(page: str, record: dict[str, Any], name: str) -> str:
+    """The text of a page with the table of a record between MARKS. Raises MatrixError where they are missing."""
+    before, start, rest = page.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not start or not end:
+        raise MatrixError(f"{name} must hold the lines {MARKS[0].strip()} and {MARKS[1]}")
+    return f"{before}{start}\n{table(record)}\n{end}{after}"
 
 
 def interpreter(name: str) -> str:
@@ -130,11 +160,14 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--torches", required=True)
     parser.add_argument("--tests", required=True)
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--page", type=Path)
     given = parser.parse_args(words)
     status = 0
     try:
         if not given.wheel.is_file():
             raise MatrixError(f"the wheel must exist, got {given.wheel}")
+        if given.page and not given.record:
+            raise MatrixError("a page is drawn from a record: --record must be given with --page")
         pythons = [(name, interpreter(name)) for name in given.pythons.split()]
         record = read(given.record, given.wheel) if given.record else {"pairs": []}
         done = {(p["asked"]["python"], p["asked"]["torch"]): p for p in record["pairs"] if p["green"]}
@@ -147,7 +180,7 @@ def main(words: Sequence[str]) -> int:
                     found = {"asked": asked, **pair(given.wheel, python, torch, given.tests.split(), folder, workers)}
                     record["pairs"] = [p for p in record["pairs"] if p["asked"] != asked] + [found]
                     if given.record:
-                        write(given.record, record)
+                        write(given.record, json.dumps(record, indent=1) + "\n")
                 print(
                     f"Python {found['python']}, torch {found['torch']}: {found['passed']} passed, {found['failed']}"
                     f" failed, {found['skipped']} skipped, {'the same' if found['same_libraries'] else 'OTHER'}"
@@ -155,6 +188,8 @@ def main(words: Sequence[str]) -> int:
                     flush=True,
                 )
                 status |= not found["green"]
+        if given.page:
+            write(given.page, inserted(given.page.read_text(encoding="utf-8"), record, given.page.name))
     except (MatrixError, OSError, ValueError) as error:
         print(f"fastflat: {error}", file=sys.stderr)
         return 2

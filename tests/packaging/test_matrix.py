@@ -93,3 +93,35 @@ def test_an_environment_goes_when_its_torch_cannot_be_had(tmp_path, monkeypatch)
         matrix.pair(tmp_path / "x.whl", "python", "0.1", ["t"], tmp_path / "env", 1)
     assert called[1][-len(matrix.NEEDS) - 1] == "torch==0.1"
     assert not (tmp_path / "env").exists()
+
+
+def test_the_table_of_a_page(tmp_path):
+    pairs = [found(), found(torch="2.14.1", date="2026-01-02"), found(python="3.13.0", failed=2, same_libraries=False)]
+    record = {"wheel": "x.whl", "pairs": pairs}
+    assert matrix.table(record).splitlines() == [
+        "`x.whl`, 2026-01-01 to 2026-01-02:",
+        "",
+        "| Python | torch 2.10.0 | torch 2.14.1 |",
+        "| --- | --- | --- |",
+        "| 3.12.1 | 9 passed, 0 failed | 9 passed, 0 failed |",
+        "| 3.13.0 | 9 passed, 2 failed, other libraries | not run |",
+    ]
+    page = "before\n<!-- matrix: start -->\nold\n<!-- matrix: end -->\nafter\n"
+    once = matrix.inserted(page, record, "x.md")
+    assert once.startswith("before\n<!-- matrix: start -->\n\n`x.whl`") and once.endswith("end -->\nafter\n")
+    assert matrix.inserted(once, record, "x.md") == once and "old" not in once
+    with pytest.raises(matrix.MatrixError, match="x.md must hold the lines"):
+        matrix.inserted("no marks", record, "x.md")
+
+
+def test_a_page_is_written_when_the_pairs_are_done(tmp_path, monkeypatch, capsys):
+    wheel, record, page = tmp_path / "x.whl", tmp_path / "matrix.json", tmp_path / "x.md"
+    wheel.write_bytes(b"one")
+    page.write_text("".join(matrix.MARKS))
+    monkeypatch.setattr(matrix, "interpreter", lambda name: name)
+    monkeypatch.setattr(matrix, "pair", lambda *_: found())
+    words = [str(wheel), "--pythons", "p", "--torches", "t", "--tests", "t", "--page", str(page)]
+    assert matrix.main(words) == 2
+    assert capsys.readouterr().err == "fastflat: a page is drawn from a record: --record must be given with --page\n"
+    assert matrix.main([*words, "--record", str(record)]) == 0
+    assert "| 3.12.1 | 9 passed, 0 failed |" in page.read_text()
