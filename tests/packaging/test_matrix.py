@@ -125,3 +125,14 @@ def test_a_page_is_written_when_the_pairs_are_done(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().err == "fastflat: a page is drawn from a record: --record must be given with --page\n"
     assert matrix.main([*words, "--record", str(record)]) == 0
     assert "| 3.12.1 | 9 passed, 0 failed |" in page.read_text()
+
+
+def test_the_committed_record_is_whole_and_drawn():
+    """Every Python that is supported under the oldest and the newest torch: one wheel, green, the same libraries."""
+    record = json.loads((matrix.ROOT / "benchmarks" / "results" / "matrix.json").read_text())
+    pairs = {(p["python"].rpartition(".")[0], p["torch"].partition("+")[0]): p for p in record["pairs"]}
+    assert set(pairs) == {(p, t) for p in ("3.10", "3.11", "3.12", "3.13") for t in ("2.10.0", "2.14.1")}
+    for found in pairs.values():
+        assert found["green"] and found["same_libraries"] and found["passed"] > 4000 and found["failed"] == 0
+    page = (matrix.ROOT / "docs" / "install.md").read_text()
+    assert matrix.inserted(page, record, "install.md") == page
