@@ -177,6 +177,12 @@ METHOD = Method(
         quick=Settings(passes=40, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02), "rho": (0.05, 0.2)},
         tuned_on="mean_validation_accuracy",
+        tried=(
+            "Flatness depends on the rate, too, and SAM chose a smaller one. At one rate SAM halves the eigenvalue: in"
+            " the runs that tuned, 10.2 against 18.7 of sgd_steps at 0.05, 16.9 against 30.1 at 0.02, 30.4 against 73.4"
+            " at 0.008, all with rho 0.05; with rho 0.2 it falls to 5.5 at 0.05, and accuracy with it. With 1200 passes"
+            " twice as many steps of SGD are worth more test accuracy on right labels than SAM's second pass."
+        ),
         figure=Figure(
             "lines",
             tuple(f"accuracy_{n}" for n in _BITS),
