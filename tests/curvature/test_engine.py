@@ -36,4 +36,6 @@ def test_convolutions_loop_over_k_where_weights_are_large(name, monkeypatch):
     params = {k: p.detach() for k, p in model.named_parameters()}
     folded = by_engine(squares(model, x), params)
     monkeypatch.setattr(convolution, "_LARGEST", 0)
-    torch.testing.assert_close(by_engine(squares(model, x), params), folded, rtol=1e-12, atol=1e-14)
+    # small entries are differences of large ones
+    atol = 1e-12 * float(folded.abs().max())
+    torch.testing.assert_close(by_engine(squares(model, x), params), folded, rtol=1e-12, atol=atol)

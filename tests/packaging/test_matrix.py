@@ -129,7 +129,7 @@ def test_a_page_is_written_when_the_pairs_are_done(tmp_path, monkeypatch, capsys
 
 def test_the_committed_record_is_whole_and_drawn():
     """Every Python that is supported under the oldest and the newest torch: one wheel, green, the same libraries."""
-    record = json.loads((matrix.ROOT / "benchmarks" / "results" / "matrix.json").read_text())
+    record = json.loads((matrix.ROOT / "benchmarks" / "results" / "wheels" / "matrix.json").read_text())
     pairs = {(p["python"].rpartition(".")[0], p["torch"].partition("+")[0]): p for p in record["pairs"]}
     assert set(pairs) == {(p, t) for p in ("3.10", "3.11", "3.12", "3.13") for t in ("2.10.0", "2.14.1")}
     for found in pairs.values():
