@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the test modules (emulated CUDA kernels, bare functors) with g++, ninja and pybind11, at test time.
 
-Objects stay under ``build/tests`` and are rebuilt when a source, a header or a flag changes. None is in a wheel.
+Objects stay under ``build/tests`` and are rebuilt when a source, a header or a flag changes; the kernels are compiled
+once for all modules that hold them. None is in a wheel.
 """
 
 from __future__ import annotations
@@ -23,20 +24,12 @@ HERE = Path(__file__).resolve().parent
 # No contraction: g++ would fuse a*b+c as soon as the target has FMA, and nvcc is told not to.
 FLAGS = ["-std=c++20", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 PLAIN = ["-O2"]
-SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
+KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
 SOURCES = {
-    "fastflat_emulator": [
-        HERE / "module.cpp",
-        HERE / "probes.cu",
-        *sorted(HERE.glob("bind_*.cpp")),
-        *sorted((CSRC / "cuda").glob("*.cu")),
-    ],
-    "fastflat_glue": [
-        HERE / "glue.cpp",
-        HERE / "glue_ops.cpp",
-        *sorted((CSRC / "cuda").glob("*.cu")),
-    ],
+    "fastflat_emulator": [HERE / "module.cpp", HERE / "probes.cu", *sorted(HERE.glob("bind_*.cpp")), *KERNELS],
+    "fastflat_glue": [HERE / "glue.cpp", HERE / "glue_ops.cpp", *KERNELS],
     "fastflat_functors": [ROOT / "tests" / "cpp" / "module.cpp"],
     "fastflat_elementary": [ROOT / "tests" / "cpp" / "elementary_module.cpp"],
 }
@@ -49,14 +42,15 @@ def compiler() -> str | None:
 
 def build(name: str, sanitize: bool = False) -> Path:
     """The path of extension module `name`, compiled if anything it is made of has changed."""
-    folder = ROOT / "build" / "tests" / (name + ("-sanitized" if sanitize else ""))
+    folder = ROOT / "build" / "tests" / ("sanitized" if sanitize else "plain")
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     with (folder / "lock").open("w") as lock:  # test processes may start together
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "build.ninja").write_text(_rules(name, target, SANITIZED if sanitize else PLAIN))
+        (folder / "build.ninja").write_text(_rules(SANITIZED if sanitize else PLAIN))
+        jobs = str(min(2, os.cpu_count() or 1))
         done = subprocess.run(
-            [sys.executable, "-m", "ninja", "-C", str(folder), "-j", str(min(2, os.cpu_count() or 1))],
+            [sys.executable, "-m", "ninja", "-C", str(folder), "-j", jobs, target.name],
             capture_output=True,
             text=True,
         )
@@ -100,22 +94,30 @@ def _torch_options() -> tuple[list[str], list[str]]:
     return options, [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-Wl,-Bsymbolic"]
 
 
-def _rules(name: str, target: Path, optimisation: list[str]) -> str:
-    compiling, linking = _torch_options() if name == "fastflat_glue" else _python_options()
-    flags = " ".join([*FLAGS, *optimisation, f"-I{CSRC}", f"-I{HERE}", *compiling])
+def _rules(optimisation: list[str]) -> str:
+    """The build of all modules; kernels know neither Python nor torch, so that their objects fit every module."""
+    flags = " ".join([*FLAGS, *optimisation, f"-I{CSRC}", f"-I{HERE}"])
     lines = [
         f"cxx = {compiler()}",
         f"flags = {flags}",
         "rule compile",
-        "  command = $cxx -x c++ $flags -MD -MF $out.d -c $in -o $out",
+        "  command = $cxx -x c++ $flags $more -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx -shared $flags $in -o $out {' '.join(linking)}",
+        "  command = $cxx -shared $flags $in -o $out $more",
     ]
-    objects = []
-    for source in SOURCES[name]:
-        objects.append(f"{source.parent.name}_{source.stem}_{source.suffix[1:]}.o")
-        lines.append(f"build {objects[-1]}: compile {source}")
-    lines += [f"build {target.name}: link {' '.join(objects)}", f"default {target.name}", ""]
-    return "\n".join(lines)
+    lines += [f"build {_object('kernels', source)}: compile {source}" for source in KERNELS]
+    for name, sources in SOURCES.items():
+        compiling, linking = _torch_options() if name == "fastflat_glue" else _python_options()
+        own = [source for source in sources if source not in KERNELS]
+        for source in own:
+            lines += [f"build {_object(name, source)}: compile {source}", f"  more = {' '.join(compiling)}"]
+        objects = [_object(name if source in own else "kernels", source) for source in sources]
+        target = f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        lines += [f"build {target}: link {' '.join(objects)}", f"  more = {' '.join(linking)}"]
+    return "\n".join([*lines, ""])
+
+
+def _object(module: str, source: Path) -> str:
+    return f"{module}/{source.stem}_{source.suffix[1:]}.o"
