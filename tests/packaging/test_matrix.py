@@ -108,9 +108,11 @@ def test_the_table_of_a_page(tmp_path):
     ]
     page = "before\n<!-- matrix: start -->\nold\n<!-- matrix: end -->\nafter\n"
     once = matrix.inserted(page, record, "x.md")
-    assert once.startswith("before\n<!-- matrix: start -->\n\n`x.whl`") and once.endswith("end -->\nafter\n")
-    assert matrix.inserted(once, record, "x.md") == once and "old" not in once
-    with pytest.raises(matrix.MatrixError, match="x.md must hold the lines"):
+    assert once.startswith("before\n<!-- matrix: start -->\n\n`x.whl`")
+    assert once.endswith("end -->\nafter\n")
+    assert "old" not in once
+    assert matrix.inserted(once, record, "x.md") == once
+    with pytest.raises(matrix.MatrixError, match=r"x\.md must hold the lines"):
         matrix.inserted("no marks", record, "x.md")
 
 
@@ -133,6 +135,9 @@ def test_the_committed_record_is_whole_and_drawn():
     pairs = {(p["python"].rpartition(".")[0], p["torch"].partition("+")[0]): p for p in record["pairs"]}
     assert set(pairs) == {(p, t) for p in ("3.10", "3.11", "3.12", "3.13") for t in ("2.10.0", "2.14.1")}
     for found in pairs.values():
-        assert found["green"] and found["same_libraries"] and found["passed"] > 4000 and found["failed"] == 0
+        assert found["green"]
+        assert found["same_libraries"]
+        assert found["passed"] > 4000
+        assert found["failed"] == 0
     page = (matrix.ROOT / "docs" / "install.md").read_text()
     assert matrix.inserted(page, record, "install.md") == page
