@@ -76,8 +76,8 @@ def table(record: dict[str, Any]) -> str:
     rows = [["Python", *(f"torch {torch}" for torch in torches)], ["---"] * (len(torches) + 1)]
     rows += [[python, *(_cell(pairs.get((python, torch))) for torch in torches)] for python in pythons]
     lines = "".join("| " + " | ".join(row) + " |\n" for row in rows)
-    days = sorted({p["date"] for p in record["pairs"]})
-    when = days[0] if days[:1] == days[-1:] else f"{days[0]} to {days[-1]}"
+    days = [p["date"] for p in record["pairs"]]
+    when = " to ".join(sorted({min(days), max(days)}))
     return f"`{record['wheel']}`, {when}:\n\n{lines}"
 
 

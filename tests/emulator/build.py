@@ -44,7 +44,7 @@ def build(name: str, sanitize: bool = False) -> Path:
     """The path of extension module `name`, compiled if anything it is made of has changed."""
     folder = ROOT / "build" / "tests" / ("sanitized" if sanitize else "plain")
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = folder / _target(name)
     with (folder / "lock").open("w") as lock:  # test processes may start together
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "build.ninja").write_text(_rules(SANITIZED if sanitize else PLAIN))
@@ -85,11 +85,9 @@ def _python_options() -> tuple[list[str], list[str]]:
 
 def _torch_options() -> tuple[list[str], list[str]]:
     """Compile and link options of an operator library; its own symbols come before those of libtorch."""
-    import torch
-
     from build_tools import flags
 
-    root = Path(torch.__file__).parent
+    root = Path(importlib.util.find_spec("torch").origin).parent  # not imported: sanitized processes come by here
     options = [o.format(torch=root, floor=flags.TARGET_VERSION) for o in (*flags.TORCH, *flags.CUDA_HOST)]
     return options, [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-Wl,-Bsymbolic"]
 
@@ -107,17 +105,20 @@ def _rules(optimisation: list[str]) -> str:
         "rule link",
         "  command = $cxx -shared $flags $in -o $out $more",
     ]
-    lines += [f"build {_object('kernels', source)}: compile {source}" for source in KERNELS]
+    lines += [f"build {_object(source)}: compile {source}" for source in KERNELS]
     for name, sources in SOURCES.items():
         compiling, linking = _torch_options() if name == "fastflat_glue" else _python_options()
-        own = [source for source in sources if source not in KERNELS]
-        for source in own:
-            lines += [f"build {_object(name, source)}: compile {source}", f"  more = {' '.join(compiling)}"]
-        objects = [_object(name if source in own else "kernels", source) for source in sources]
-        target = f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-        lines += [f"build {target}: link {' '.join(objects)}", f"  more = {' '.join(linking)}"]
+        for source in sources:
+            if source not in KERNELS:
+                lines += [f"build {_object(source)}: compile {source}", f"  more = {' '.join(compiling)}"]
+        objects = " ".join(map(_object, sources))
+        lines += [f"build {_target(name)}: link {objects}", f"  more = {' '.join(linking)}"]
     return "\n".join([*lines, ""])
 
 
-def _object(module: str, source: Path) -> str:
-    return f"{module}/{source.stem}_{source.suffix[1:]}.o"
+def _object(source: Path) -> str:
+    return f"{source.parent.name}_{source.stem}_{source.suffix[1:]}.o"
+
+
+def _target(name: str) -> str:
+    return f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"

@@ -95,7 +95,7 @@ def test_an_environment_goes_when_its_torch_cannot_be_had(tmp_path, monkeypatch)
     assert not (tmp_path / "env").exists()
 
 
-def test_the_table_of_a_page(tmp_path):
+def test_the_table_of_a_page():
     pairs = [found(), found(torch="2.14.1", date="2026-01-02"), found(python="3.13.0", failed=2, same_libraries=False)]
     record = {"wheel": "x.whl", "pairs": pairs}
     assert matrix.table(record).splitlines() == [
