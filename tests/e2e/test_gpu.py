@@ -43,17 +43,9 @@ def kernels(request):
 
 def network(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    layers = (
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(8, 16, 3),
-        nn.ReLU(),
-    )
-    return nn.Sequential(
-        *first, nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 33), nn.ReLU(), nn.Linear(33, 5)
-    )
+    first = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)
+    last = nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 33), nn.ReLU(), nn.Linear(33, 5)
+    return nn.Sequential(*first, *last)
 
 
 def images(n: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
