@@ -128,7 +128,9 @@ def quantize_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     peers = list(dict.fromkeys(row["peer"] for row in rows))
     others = [peer for peer in peers if peer not in (_OURS, _FLOOR)]
     roofs = any("of_roofline" in row for row in rows)
-    head = ["elements", "type", "scale", "threads", "copy", _OURS, "spread", "copies", "of copy bw"]
+    graphs = any("launched_seconds" in row for row in rows)
+    head = ["elements", "type", "scale", "threads", "copy", _OURS, *(["launched"] if graphs else [])]
+    head += ["spread", "copies", "of copy bw"]
     head += ["elements/s", "GB/s", *(["of roofline"] if roofs else []), f"x {_FLOOR}"]
     head += [f"vs {peer}" for peer in others]
     peaks = [peer for peer in _PEAKS if peer in peers]
@@ -140,10 +142,11 @@ def quantize_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         line = [elements(case["elements"]), case["dtype"], case["granularity"], str(case["threads"])]
         line.append(seconds(next(iter(by_peer.values()))["copy_seconds"]))
         if time is None:
-            line += ["-"] * (7 if roofs else 6)
+            line += ["-"] * (6 + roofs + graphs)
         else:
             spread = 100 * (ours["q3"] - ours["q1"]) / time
-            line += [seconds(time), f"+-{spread / 2:.0f} %", f"{ours['copies']:.2f}"]
+            line += [seconds(time), *([seconds(launched(ours))] if graphs else [])]
+            line += [f"+-{spread / 2:.0f} %", f"{ours['copies']:.2f}"]
             line.append(f"{100 * ours['of_copy_bandwidth']:.0f} %")
             line += [f"{engineering(case['elements'] / time)}".strip(), f"{ours['bandwidth'] / 1e9:.1f}"]
             line += [_percent(ours.get("of_roofline"))] if roofs else []
@@ -166,12 +169,28 @@ def _peak(by_peer: dict[str, dict[str, Any]], peer: str) -> str:
 
 
 def _ratio(by_peer: dict[str, dict[str, Any]], of: str, to: str) -> str:
-    """How many times longer one peer takes than another: by their ratios to the floor, else by their medians."""
-    for field in ("over_floor", "seconds"):
-        a, b = (by_peer.get(name, {}).get(field) for name in (of, to))
-        if a is not None and b is not None:
-            return f"{a / b:.2f}"
-    return "-"
+    """How many times longer one peer takes than another: by their ratios to the floor, else by their medians; both as
+    launched where a graph holds only one of them."""
+    two = [by_peer.get(name, {}) for name in (of, to)]
+    if any("seconds" not in row for row in two):
+        return "-"
+    if len({row.get("timing") for row in two}) > 1:
+        a, b = (launched(row) for row in two)
+    elif all(row.get("over_floor") is not None for row in two) and len(_timings(by_peer, _FLOOR, of)) == 1:
+        a, b = (row["over_floor"] for row in two)
+    else:
+        a, b = (row["seconds"] for row in two)
+    return f"{a / b:.2f}"
+
+
+def launched(row: dict[str, Any]) -> float:
+    """Seconds of a call launched from Python."""
+    return row.get("launched_seconds", row["seconds"])
+
+
+def _timings(by_peer: dict[str, dict[str, Any]], *peers: str) -> set[str | None]:
+    """How those peers that were timed were timed."""
+    return {by_peer[peer].get("timing") for peer in peers if "seconds" in by_peer.get(peer, {})}
 
 
 def step_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -216,7 +235,10 @@ def optimizer_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         line = [elements(case["elements"]), case["dtype"], case["granularity"], str(case["threads"])]
         moved = next((row["bytes"] / case["elements"] for row in by_peer.values() if "bytes" in row), None)
         line += ["-" if moved is None else f"{moved:.0f}", seconds(next(iter(by_peer.values()))["copy_seconds"])]
-        line += [f"{by_peer[p]['copies']:.2f}" if by_peer.get(p, {}).get("copies") else "-" for p in peers]
+        mixed = len(_timings(by_peer, *peers)) > 1  # a graph does not hold them all: each as launched
+        for row in (by_peer.get(peer, {}) for peer in peers):
+            copies = launched(row) / row["copy_seconds"] if mixed and "seconds" in row else row.get("copies")
+            line.append(f"{copies:.2f}" if copies else "-")
         best = [r for p, r in by_peer.items() if p.startswith(_OURS) and r.get("of_copy_bandwidth")]
         line.append(_percent(max((r["of_copy_bandwidth"] for r in best), default=None)))
         line += [_percent(max((r.get("of_roofline", 0) for r in best), default=None))] if roofs else []

@@ -203,7 +203,7 @@ def rows(
     variants = case.variants(peers)
     with device.active(), measure.host_threads(threads, device):
         calls, missing = steps(case, variants, device.place)
-        timings = measure.interleaved(calls, effort, timer=timers.of(device))
+        timings = measure.interleaved(calls, effort, timer=timers.of(device, graphs=False))
         peaks = {key: measure.peak_memory(call, device) for key, call in calls.items()}
     found = []
     for peer, optimizer in variants:

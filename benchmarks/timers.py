@@ -16,8 +16,9 @@ from typing import Protocol
 from .devices import Device
 
 Call = Callable[[], object]
-#: Calls shorter than this many seconds are captured in a CUDA graph: launching them takes longer than they do.
-SHORT = 100e-6
+#: Calls that take less than so many seconds as launched from Python are captured in a CUDA graph: launching may take longer
+#: than they do. Autograd alone takes 0.2 ms forward and backward, lists of a thousand tensors some ms.
+SHORT = 20e-3
 #: Least number of calls in a graph.
 _IN_GRAPH = 20
 #: Rotation ends at so many copies of the data, whatever the cache would hold.
@@ -74,10 +75,10 @@ class _HostBlock:
 
 
 class Cuda:
-    """CUDA events around a block; a graph of the calls where one is shorter than :data:`SHORT`."""
+    """CUDA events around a block; with `graphs`, a graph of the calls where one is shorter than :data:`SHORT`."""
 
-    def __init__(self, device: Device) -> None:
-        self.device, self.module = device, device.module
+    def __init__(self, device: Device, graphs: bool = True) -> None:
+        self.device, self.module, self.graphs = device, device.module, graphs
 
     def copies(self, size: int) -> int:
         """How many data sets of `size` bytes exceed twice the L2 cache."""
@@ -91,7 +92,7 @@ class Cuda:
         launched = _EventBlock(self.module, _round_robin(calls))
         launched.run(len(calls))
         seconds = launched.run(len(calls)) / len(calls)
-        if seconds >= SHORT:
+        if not self.graphs or seconds >= SHORT:
             return launched
         graph = self._captured(calls * -(-_IN_GRAPH // len(calls)))
         return launched if graph is None else _GraphBlock(self.module, *graph, seconds)
@@ -148,8 +149,8 @@ class _GraphBlock(_EventBlock):
         return super().run(replays) * count / (replays * self.size)
 
 
-def of(device: Device) -> Timer:
-    return Host() if device.module is None else Cuda(device)
+def of(device: Device, graphs: bool = True) -> Timer:
+    return Host() if device.module is None else Cuda(device, graphs)
 
 
 def _round_robin(calls: Sequence[Call]) -> Call:

@@ -201,18 +201,47 @@ __global__ void __launch_bounds__(kBlock, column_blocks_at_once<F>)
   }
 }
 
-// The second pass: `columns` scales a block, the rest of its threads over the partial results of each.
+// How the second pass shares out the partial sums: `lanes` threads a scale, more for more terms; neighbours are lanes of
+// one scale where its terms lie side by side, else scales.
+struct FinishPlan {
+  int lanes;
+  bool along;
+  int64_t blocks;
+
+  FinishPlan(const Geometry& g, const ReducePlan& p) {
+    constexpr int64_t terms_of_lane = 16;
+    along = p.columns && g.inner > 1;
+    const int64_t terms = p.parts * p.fold * (p.columns ? g.inner : 1);
+    lanes = kBlock / kWarp;
+    while (lanes < kBlock && (lanes * terms_of_lane < terms || kBlock / lanes > g.channels)) lanes *= 2;
+    blocks = ceil_div(g.channels, kBlock / lanes);
+  }
+};
+
+// Where a thread of a block stands in it.
+struct FinishPlace {
+  int column, lane, step;  // step: from a lane to the next
+
+  __device__ __forceinline__ FinishPlace(int lanes, bool along) {
+    const int thread = static_cast<int>(threadIdx.x), columns = kBlock / lanes;
+    column = along ? thread / lanes : thread % columns;
+    lane = along ? thread % lanes : thread / columns;
+    step = along ? 1 : columns;
+  }
+};
+
+// The second pass over the partial results of each scale.
 template <class F>
 __global__ void __launch_bounds__(kBlock)
-    reduce_finish_kernel(Geometry g, ReducePlan p, F f, int columns, const typename F::Compute* partials) {
+    reduce_finish_kernel(Geometry g, ReducePlan p, F f, int lanes, bool along, const typename F::Compute* partials) {
   __shared__ double of_thread[F::sums][kBlock];
-  const int column = static_cast<int>(threadIdx.x) % columns;
-  const int lane = static_cast<int>(threadIdx.x) / columns;
-  const int lanes = kBlock / columns;
-  const int64_t channel = static_cast<int64_t>(blockIdx.x) * columns + column;
+  const FinishPlace place(lanes, along);
+  const int lane = place.lane;
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * (kBlock / lanes) + place.column;
   const int64_t inner = p.columns ? g.inner : 1;
   const int64_t terms = channel < g.channels ? p.parts * p.fold * inner : 0;
   Sums<double, F::sums> sums{};
+#pragma unroll 4
   for (int64_t t = lane; t < terms; t += lanes) {
     const int64_t period = t / inner;  // part * fold + period within the row
     const int64_t at = (period * g.channels + channel) * inner + t % inner;
@@ -230,7 +259,7 @@ __global__ void __launch_bounds__(kBlock)
     if (lane >= distance) continue;
 #pragma unroll
     for (int k = 0; k < F::sums; ++k) {
-      of_thread[k][threadIdx.x] = F::combine(of_thread[k][threadIdx.x], of_thread[k][threadIdx.x + distance * columns]);
+      of_thread[k][threadIdx.x] = F::combine(of_thread[k][threadIdx.x], of_thread[k][threadIdx.x + distance * place.step]);
     }
   }
   if (lane != 0 || channel >= g.channels) return;
@@ -256,10 +285,9 @@ cudaError_t launch_reduce(const Geometry& g, const F& f, const In& in, const Out
     const cudaError_t error = launch(kernel, blocks, kBlock, stream, g.numel(), g, p, f, in, out, partials);
     if (error != cudaSuccess || p.direct(g)) return error;
   }
-  int columns = 1;
-  while (columns < kWarp && columns < g.channels) columns *= 2;
-  return launch(reduce_finish_kernel<finish_of<F>>, ceil_div(g.channels, columns), kBlock, stream, g, p,
-                static_cast<const finish_of<F>&>(f), columns, partials);
+  const FinishPlan finish(g, p);
+  return launch(reduce_finish_kernel<finish_of<F>>, finish.blocks, kBlock, stream, g, p,
+                static_cast<const finish_of<F>&>(f), finish.lanes, finish.along, partials);
 }
 
 template <int N, class F>

@@ -228,18 +228,18 @@ __global__ void __launch_bounds__(kBlock, 2)
   }
 }
 
-// The numbers of one channel and tangent from their partial sums, in fp64: `columns` channels a block.
+// The numbers of one channel and tangent from their partial sums, in fp64.
 template <class C>
-__global__ void __launch_bounds__(kBlock)
-    sums_finish_kernel(Geometry g, ReducePlan p, int columns, const C* partials, C* result) {
+__global__ void __launch_bounds__(kBlock) sums_finish_kernel(Geometry g, ReducePlan p, int lanes, bool along,
+                                                             int64_t blocks, const C* partials, C* result) {
   __shared__ double of_thread[kBlock];
-  const int column = static_cast<int>(threadIdx.x) % columns, lane = static_cast<int>(threadIdx.x) / columns;
-  const int lanes = kBlock / columns;
-  const int64_t blocks = ceil_div(g.channels, columns), k = blockIdx.x / blocks;
-  const int64_t channel = blockIdx.x % blocks * columns + column;
+  const FinishPlace place(lanes, along);
+  const int lane = place.lane;
+  const int64_t k = blockIdx.x / blocks, channel = blockIdx.x % blocks * (kBlock / lanes) + place.column;
   const int64_t inner = p.columns ? g.inner : 1;
   const int64_t terms = channel < g.channels ? p.parts * p.fold * inner : 0;
   double sum = 0;
+#pragma unroll 4
   for (int64_t t = lane; t < terms; t += lanes) {
     const int64_t at = (t / inner * g.channels + channel) * inner + t % inner;
     sum = sum + static_cast<double>(partials[k * p.partials() + at]);
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kBlock)
   of_thread[threadIdx.x] = sum;
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
     __syncthreads();
-    if (lane < distance) of_thread[threadIdx.x] = of_thread[threadIdx.x] + of_thread[threadIdx.x + distance * columns];
+    if (lane < distance) of_thread[threadIdx.x] = of_thread[threadIdx.x] + of_thread[threadIdx.x + distance * place.step];
   }
   if (lane == 0 && channel < g.channels) result[k * g.channels + channel] = static_cast<C>(of_thread[threadIdx.x]);
 }
@@ -331,12 +331,11 @@ ErrorCode launch_tangents_sums(const SumsCall& call, void* partials, StreamHandl
       const cudaError_t error = launch_all(call, p, first, second, native(stream));
       if (error != cudaSuccess || direct) return error;
     }
-    int columns = 1;
-    while (columns < kWarp && columns < g.channels) columns *= 2;
-    const int64_t blocks = call.count * ceil_div(g.channels, columns);
+    const FinishPlan plan(g, p);
     const auto finish = [&](const C* from, C* to) -> cudaError_t {
       if (!to) return cudaSuccess;
-      return launch(sums_finish_kernel<C>, blocks, kBlock, native(stream), g, p, columns, from, to);
+      return launch(sums_finish_kernel<C>, call.count * plan.blocks, kBlock, native(stream), g, p, plan.lanes,
+                    plan.along, plan.blocks, from, to);
     };
     const cudaError_t error = finish(of_dots, dots);
     return error != cudaSuccess ? error : finish(of_totals, totals);

@@ -207,4 +207,5 @@ def _shares(confusion: Tensor) -> tuple[float | None, ...]:
 
 
 def _mean(t: Tensor) -> float:
-    return float(t.double().mean())
+    """Of yes and no the share, the same number on every device."""
+    return int(t.sum()) / t.numel() if t.dtype == torch.bool else float(t.double().mean())

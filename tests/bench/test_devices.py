@@ -42,10 +42,10 @@ def test_long_calls_are_timed_by_events_and_short_ones_in_a_graph(benchmarks):
     fake = FakeCuda(clock=clock)
     timer = bench.package("timers").Cuda(gpu(benchmarks, fake))
     effort = benchmarks.measure.Effort(0.0, (3, 3), 0.0)
-    calls = {"long": clock.kernel(fake, "long", 2e-3), "short": clock.kernel(fake, "short", 5e-6)}
+    calls = {"long": clock.kernel(fake, "long", 30e-3), "short": clock.kernel(fake, "short", 5e-6)}
     found = benchmarks.measure.interleaved(calls, effort, timer=timer)
     assert found["long"].how == "events"
-    assert found["long"].median == pytest.approx(2.03e-3)
+    assert found["long"].median == pytest.approx(30.03e-3)
     assert found["long"].launched is None
     assert found["short"].how == "graph"
     assert found["short"].median == pytest.approx(5e-6)

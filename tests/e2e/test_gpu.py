@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import warnings
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 import fastflat as ff
 from fastflat import curvature, optim
-from fastflat.backends import backend, unavailable
+from fastflat.backends import unavailable
 
 pytestmark = pytest.mark.gpu
 
@@ -32,13 +33,20 @@ def exact_products():
 
 
 @pytest.fixture(params=["cuda", "triton"])
-def kernels(request):
-    """Everything below runs on one GPU backend."""
+def kernels(request, monkeypatch):
+    """What computes on tensors of a GPU, whose first choice would be CUDA."""
     reason = unavailable(request.param, "cuda")
     if reason:
         pytest.skip(reason)
-    with backend(request.param):
-        yield request.param
+    backends = importlib.import_module("fastflat.backends")  # fastflat.backends is the function
+    chosen = backends._choose, backends._kernels
+    monkeypatch.setitem(backends._ORDER, "cuda", (request.param, "triton"))
+    for choice in chosen:
+        choice.cache_clear()
+    yield
+    monkeypatch.undo()
+    for choice in chosen:
+        choice.cache_clear()
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -73,7 +81,7 @@ def fit(model: nn.Module, opt: torch.optim.Optimizer, x, y, steps: int) -> list[
         loss.backward()
         return loss
 
-    return [float(opt.step(closure)) for _ in range(steps)]
+    return [opt.step(closure).item() for _ in range(steps)]
 
 
 OPTIMIZERS = {
@@ -102,8 +110,7 @@ def test_optimizers(kernels, name):
     found = []
     for device in ("cpu", DEVICE):
         model, (x, y) = network().to(device), images()
-        opt = OPTIMIZERS[name](model)
-        losses = fit(model, opt, x.to(device), y.to(device), 6)
+        losses = fit(model, OPTIMIZERS[name](model), x.to(device), y.to(device), 6)
         assert losses[-1] < losses[0]
         found.append([p.detach().cpu() for p in model.parameters()])
     for want, got in zip(*found):

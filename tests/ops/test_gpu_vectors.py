@@ -26,7 +26,7 @@ def ops(request):
         pytest.skip(reason)
     with backend(request.param):
         yield {
-            name: over_there(getattr(kernels("cuda"), name)) for name in dir(reference) if name.startswith("vectors")
+            name: over_there(getattr(kernels("cuda"), name)) for name in dir(reference) if name.startswith("vectors_")
         }
 
 
