@@ -215,6 +215,49 @@ def training(result: dict[str, Any]) -> str:
     return "\n".join([f"Machine: {machine.line(result['machine'])}.", "", *lines])
 
 
+#: Peers of the table of a GPU's kernels; "eager" of vectors and rows of tangents are the calls without our kernels.
+GPU_WORDS = {"eager": "eager Python", "builtin": "PyTorch's builtin", "torchao": "torchao", "brevitas": "Brevitas"}
+
+
+def gpu_kernels(result: dict[str, Any]) -> str:
+    """Kernels on a GPU: the time of a call in a CUDA graph, the rate of its least bytes beside that of a copy, how many
+    times longer the peers take, and the time as launched from Python."""
+    lines = [f"| kernel | kind | time | GB/s | of a copy's | {' | '.join(GPU_WORDS.values())} | launched |"]
+    lines.append("|" + "---|" * (6 + len(GPU_WORDS)))
+    for case, by_peer in report.cases(result["rows"]):
+        ours = by_peer.get("fastflat", {})
+        if ours.get("timing") != "graph" or case["passes"] == "step":
+            continue
+        cells = [f"`{case['family']}`", case["granularity"], f"{ours['seconds'] * 1e6:.0f} us"]
+        cells += [f"{ours['bandwidth'] / 1e9:.0f}", f"{ours['of_copy_bandwidth']:.0%}"]
+        for peer in GPU_WORDS:
+            times = report.ratio(by_peer, peer, "fastflat")
+            cells.append(times if times == "-" else f"{times} x")
+        lines.append("| " + " | ".join([*cells, f"{ours['launched_seconds'] * 1e6:.0f} us"]) + " |")
+    return "\n".join([f"Machine: {machine.line(result['machine'])}.", "", *lines])
+
+
+#: Optimizers of training steps on a GPU.
+OPTIMIZER_WORDS = {"sgd": "SGD", "sam-loop": "SAM, popular loop", "sam": "SAM, fastflat"}
+
+
+def gpu_training(result: dict[str, Any]) -> str:
+    """Training steps on a GPU: without quantizers and with ours, and how many times longer those of others take."""
+    grouped: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        grouped.setdefault((row["network"], row["optimizer"], row["batch"]), {})[row["peer"]] = row
+    head = ("network", "optimizer", "batch", "no quantizers", "fastflat", *GPU_WORDS.values())
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (network, optimizer, batch), by_peer in grouped.items():
+        cells = [network, OPTIMIZER_WORDS[optimizer], f"{batch}"]
+        cells += [f"{by_peer[peer]['seconds'] * 1e3:.1f} ms" for peer in ("fp32", "fastflat")]
+        for peer in GPU_WORDS:
+            seconds = by_peer.get(peer, {}).get("seconds")
+            cells.append("-" if seconds is None else f"{seconds / by_peer['fastflat']['seconds']:.2f} x")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([f"Machine: {machine.line(result['machine'])}.", "", *lines])
+
+
 #: Tables by the name that their marks have in a page.
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quantize": quantize,
@@ -224,6 +267,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "curvature-default": curvature,
     "accelerate": accelerate,
     "training": training,
+    "gpu-kernels": gpu_kernels,
+    "gpu-kernels-bf16": gpu_kernels,
+    "gpu-training": gpu_training,
 }
 
 

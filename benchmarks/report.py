@@ -150,7 +150,7 @@ def quantize_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             line.append(f"{100 * ours['of_copy_bandwidth']:.0f} %")
             line += [f"{engineering(case['elements'] / time)}".strip(), f"{ours['bandwidth'] / 1e9:.1f}"]
             line += [_percent(ours.get("of_roofline"))] if roofs else []
-        line += [_ratio(by_peer, _OURS, _FLOOR), *(_ratio(by_peer, peer, _OURS) for peer in others)]
+        line += [ratio(by_peer, _OURS, _FLOOR), *(ratio(by_peer, peer, _OURS) for peer in others)]
         line += [_peak(by_peer, peer) for peer in peaks]
         lines.append(line)
     return head, lines
@@ -168,7 +168,7 @@ def _peak(by_peer: dict[str, dict[str, Any]], peer: str) -> str:
     return f"{row['peak_bytes'] / (row['elements'] * _WIDTHS[row['dtype']]):.1f}"
 
 
-def _ratio(by_peer: dict[str, dict[str, Any]], of: str, to: str) -> str:
+def ratio(by_peer: dict[str, dict[str, Any]], of: str, to: str) -> str:
     """How many times longer one peer takes than another: by their ratios to the floor, else by their medians; both as
     launched where a graph holds only one of them."""
     two = [by_peer.get(name, {}) for name in (of, to)]

@@ -16,8 +16,8 @@ from typing import Protocol
 from .devices import Device
 
 Call = Callable[[], object]
-#: Calls that take less than so many seconds as launched from Python are captured in a CUDA graph: launching may take longer
-#: than they do. Autograd alone takes 0.2 ms forward and backward, lists of a thousand tensors some ms.
+#: Calls that take less than so many seconds as launched from Python are captured in a CUDA graph: launching may take
+#: longer than they do. Autograd alone takes 0.2 ms forward and backward, lists of a thousand tensors some ms.
 SHORT = 20e-3
 #: Least number of calls in a graph.
 _IN_GRAPH = 20

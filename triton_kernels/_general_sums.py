@@ -220,8 +220,9 @@ def backward(
     # A draw for each element by itself takes registers that the sums need.
     options = OPTIONS if run or not rules & _rules.DRAWS.value else {**OPTIONS, "num_warps": 8}
     if plan.rows == 1 and plan.by_rows:
+        tile = max(plan.tile_columns, 8)  # a run of draws
         _general_quantize_bwd_row_kernel[plan.grid](
-            *data, plan.columns, plan.steps, *grid, rules, present, plan.tile_columns, wide, **OPTIONS
+            *data, plan.columns, plan.steps, *grid, rules, present, tile, wide, **OPTIONS
         )
     elif plan.by_rows:
         _general_quantize_bwd_rows_kernel[plan.grid](

@@ -489,6 +489,11 @@ METHOD = Method(
         full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=200, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
+        tried=(
+            "CSQ's gates have 1200 passes to grow and be pruned in. Its seeds differ more than any other arm's, 80"
+            " to 84 % on test images and 88 to 99 % on training images; one width for all planes from the start ends"
+            " at 99.7 % in each."
+        ),
         figure=Figure(
             "bars", ("test_accuracy", "validation_accuracy"), ("test", "validation"), ylabel="accuracy at 2 planes"
         ),

@@ -428,6 +428,11 @@ METHOD = Method(
         full=Settings(passes=1000, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=60, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
+        tried=(
+            "Of the three rules for delta the fixed one gained most: 87.0 % on test images against 86.4 % of LSQ,"
+            " and more in each seed; Hutchinson's gained less than its error, the learned one lost. On the seed of"
+            " the runs that tuned LSQ led them all at each rate, so half a point is no more than what a seed does."
+        ),
         figure=Figure("bars", ("test_accuracy", "validation_accuracy"), ("test", "validation"), "", "accuracy"),
     ),
 )

@@ -448,6 +448,12 @@ METHOD = Method(
         full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=60, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
+        tried=(
+            "Within 1200 passes the extractor that was trained against perturbed heads fits the training images to"
+            " 95 to 97 %, the others to more than 99 %, and its loss under weak heads is larger for the same reason."
+            " At the rate 0.1 its eigenvalue is below the others' (7.8 against 12.4 in the runs that tuned), at"
+            " 0.05, which was chosen, above them."
+        ),
         figure=Figure("bars", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
     ),
 )

@@ -548,6 +548,13 @@ METHOD = Method(
         full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=40, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
+        tried=(
+            "Within 1200 passes SAM has half of SGD's steps and ends at 87 % of the training images where SGD ends"
+            " at 99.8 %: overfitting is not what is left to mend. In the runs that tuned, the eigenvalue at one rate"
+            " is 3.8 against 13.5 (0.05) and 5.9 against 23.5 (0.02). SAM in the last half of the run alone is the"
+            " best of its forms, as the paper says; the implicit bias of m-SAM shows where it is proved, on the"
+            " sparse diagonal network."
+        ),
         figure=Figure("bars", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
     ),
 )

@@ -195,15 +195,18 @@ def test_dynamic_and_mixed(kernels):
         torch.testing.assert_close(g.cpu(), gc, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("operator", ["Hessian", "GGN", "Fisher"])
+@pytest.mark.parametrize(
+    ("operator", "options"), [("Hessian", {}), ("GGN", {}), ("Fisher", {"kind": "empirical"})], ids=lambda v: str(v)
+)
 @pytest.mark.parametrize("kind", ["plain", "quantized"])
-def test_products(kernels, operator, kind):
+def test_products(kernels, operator, options, kind):
+    """Of the Fisher matrix without draws, which come from the device's generator."""
     model = network() if kind == "plain" else quantized(*SPECS["lsq"])
     found = []
     for device, dtype in (("cpu", torch.float64), (DEVICE, torch.float64), (DEVICE, torch.float32)):
         x, y = images()
         net = copy.deepcopy(model).eval().to(device, dtype)
-        op = getattr(curvature, operator)(net, F.cross_entropy, [(x.to(device, dtype), y.to(device))])
+        op = getattr(curvature, operator)(net, F.cross_entropy, [(x.to(device, dtype), y.to(device))], **options)
         V = torch.randn(op.shape[0], 5, generator=torch.Generator().manual_seed(1))
         found.append((op @ V.to(device, dtype)).cpu().double())
     want, exact, single = found
