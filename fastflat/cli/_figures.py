@@ -109,21 +109,38 @@ def codes(rows: list[LayerSummary], name: str) -> str:
 def arms(name: str, figure: Figure, names: list[str], spread: Callable[[str, str], tuple[float, float]]) -> str:
     """The arms of an experiment over its metrics: mean, and a bar of one standard deviation over the seeds."""
     plt = _pyplot("arms-" + name)
+    draw = _lines if figure.kind == "lines" else _panels
+    return _svg(plt, draw(plt, figure, names, spread))
+
+
+def _lines(plt, figure: Figure, names: list[str], spread: Callable):
+    """A line for each arm over the metrics."""
     drawn, axes = plt.subplots(figsize=(9, 3), layout="constrained")
     at = range(len(figure.metrics))
-    for k, (colour, arm) in enumerate(zip(_cycle(len(names)), names, strict=True)):
+    for colour, arm in zip(_cycle(len(names)), names, strict=True):
         mean, deviation = zip(*(spread(arm, metric) for metric in figure.metrics), strict=True)
-        if figure.kind == "lines":
-            axes.errorbar(at, mean, deviation, color=colour, marker="o", markersize=3, capsize=3, label=arm)
-        else:
-            width = 0.8 / len(names)
-            place = [x + width * (k - (len(names) - 1) / 2) for x in at]
-            axes.bar(place, mean, 0.9 * width, yerr=deviation, color=colour, alpha=0.85, capsize=3, label=arm)
+        axes.errorbar(at, mean, deviation, color=colour, marker="o", markersize=3, capsize=3, label=arm)
     axes.set_xticks(at, figure.labels or figure.metrics)
     axes.set(xlabel=figure.xlabel, ylabel=figure.ylabel)
     axes.grid(axis="x", visible=False)
-    axes.legend()
-    return _svg(plt, drawn)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return drawn
+
+
+def _panels(plt, figure: Figure, names: list[str], spread: Callable):
+    """A panel for each metric, a dot for each arm, a dashed line where the first of them is."""
+    size = (9, 0.9 + 0.26 * len(names))
+    drawn, panels = plt.subplots(1, len(figure.metrics), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    at = range(len(names))
+    for axes, metric, title in zip(panels[0], figure.metrics, figure.labels or figure.metrics, strict=True):
+        mean, deviation = zip(*(spread(arm, metric) for arm in names), strict=True)
+        axes.axvline(mean[0], color="#888888", linewidth=0.8, linestyle="--")
+        axes.errorbar(mean, at, xerr=deviation, fmt="o", color=COLOURS[0], markersize=4, capsize=3)
+        axes.set_title(title, fontsize=9)
+        axes.set(xlabel=figure.ylabel)
+    panels[0][0].set_yticks(at, names)
+    panels[0][0].invert_yaxis()
+    return drawn
 
 
 def dots(name: str, rows: dict[str, tuple[float, float]], xlabel: str) -> str:

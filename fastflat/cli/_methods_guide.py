@@ -200,7 +200,7 @@ def _figure(records: Sequence[Record], name: str, goal: Goal, shown: Sequence[Co
         return _figures.dots(f"goal-{name}", _by_cost(records, goal), "test accuracy")
     arms = {str(c): c for c in shown}
     readings = {str(i): reading for i, reading in enumerate(goal.readings)}
-    kind, measured = "lines" if len(readings) > 2 else "bars", "test accuracy"
+    kind, measured = "lines" if len(readings) > 2 else "dots", "test accuracy"
     if goal.direction == "lower":
         measured = goal.readings[0].label
     figure = Figure(kind, tuple(readings), tuple(r.label for r in goal.readings), goal.axis, measured)

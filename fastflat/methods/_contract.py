@@ -11,7 +11,7 @@ from fastflat.methods._hook import Hook
 
 RELATIONS = ("equal", "at most", "at least")
 DIRECTIONS = ("higher", "lower")
-FIGURES = ("bars", "lines")
+FIGURES = ("dots", "lines")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +110,13 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """What the report draws: ``"bars"``, a group for each metric; ``"lines"``, a line for each arm over the metrics.
+    """What the report draws: ``"dots"``, a panel for each metric with the arms below each other; ``"lines"``, a line
+    for each arm over the metrics.
 
     Attributes:
         metrics: names of metrics, in order.
-        labels: what stands for each on the axis; by default the names.
-        xlabel, ylabel: of the axes.
+        labels: what stands for each, on the axis or over its panel; by default the names.
+        xlabel, ylabel: of the axes; ``ylabel`` is what is measured.
     """
 
     kind: str

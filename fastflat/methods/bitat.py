@@ -533,7 +533,7 @@ METHOD = Method(
         quick=Settings(passes=75, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
         figure=Figure(
-            "bars",
+            "dots",
             ("accuracy_untrained", "test_accuracy"),
             ("right after binarisation", "after training"),
             "",

@@ -495,7 +495,7 @@ METHOD = Method(
             " at 99.7 % in each."
         ),
         figure=Figure(
-            "bars", ("test_accuracy", "validation_accuracy"), ("test", "validation"), ylabel="accuracy at 2 planes"
+            "dots", ("test_accuracy", "validation_accuracy"), ("test", "validation"), ylabel="accuracy at 2 planes"
         ),
     ),
 )

@@ -334,6 +334,6 @@ METHOD = Method(
         quick=Settings(passes=600, seeds=1, images=1200, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02), "strength": (1.0, 4.0)},
         tuned_on="robust_validation_accuracy",
-        figure=Figure("bars", ("test_accuracy", "robust_accuracy"), ("none", "PGD"), "attack", "accuracy"),
+        figure=Figure("dots", ("test_accuracy", "robust_accuracy"), ("none", "PGD"), "attack", "accuracy"),
     ),
 )

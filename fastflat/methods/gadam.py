@@ -216,6 +216,6 @@ METHOD = Method(
         full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=40, seeds=1, images=640, test_images=400, tune=False),
         grid={"factor": (1.0, 0.3, 3.0)},
-        figure=Figure("bars", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
+        figure=Figure("dots", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
     ),
 )

@@ -278,6 +278,6 @@ METHOD = Method(
             " against 18.7 at 0.05, 6.9 against 13.3 at 0.1; the gradient's norm hardly moves, 0.38 against 0.40,"
             " 0.25 against 0.24, 0.19 against 0.28. The other form (gnp_zero) shows the same."
         ),
-        figure=Figure("bars", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
+        figure=Figure("dots", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
     ),
 )

@@ -544,7 +544,7 @@ METHOD = Method(
         grid={"lr": (0.05, 0.1), "begin": (0.3, 0.0), "beta": (6, 3)},
         tuned_on="mean_validation_accuracy",
         figure=Figure(
-            "bars",
+            "dots",
             ("test_accuracy", "fgsm_accuracy", "pgd_accuracy", "margin_accuracy"),
             ("none", "FGSM", "PGD", "PGD, margin"),
             "attack",

@@ -378,7 +378,7 @@ METHOD = Method(
         grid={"lr": (0.05, 0.02)},
         tuned_on="robust_validation_accuracy",
         figure=Figure(
-            "bars",
+            "dots",
             ("test_accuracy", "pgd_accuracy", "krylov_accuracy"),
             ("none", "PGD", "Krylov"),
             "attack",

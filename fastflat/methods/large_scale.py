@@ -429,6 +429,6 @@ METHOD = Method(
         full=Settings(passes=2400, seeds=3, images=10000, test_images=2000),
         quick=Settings(passes=96, seeds=1, images=2000, test_images=400, tune=False),
         grid={"factor": (1.0, 0.1, 0.3, 3.0, 10.0)},
-        figure=Figure("bars", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
+        figure=Figure("dots", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
     ),
 )

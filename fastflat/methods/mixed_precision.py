@@ -496,6 +496,6 @@ METHOD = Method(
         full=Settings(passes=900, seeds=3, images=3000, test_images=2000),
         quick=Settings(passes=140, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02)},
-        figure=Figure("bars", ("test_accuracy", "validation_accuracy"), ("test", "validation"), ylabel="accuracy"),
+        figure=Figure("dots", ("test_accuracy", "validation_accuracy"), ("test", "validation"), ylabel="accuracy"),
     ),
 )

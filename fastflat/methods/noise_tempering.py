@@ -433,6 +433,6 @@ METHOD = Method(
             " and more in each seed; Hutchinson's gained less than its error, the learned one lost. On the seed of"
             " the runs that tuned LSQ led them all at each rate, so half a point is no more than what a seed does."
         ),
-        figure=Figure("bars", ("test_accuracy", "validation_accuracy"), ("test", "validation"), "", "accuracy"),
+        figure=Figure("dots", ("test_accuracy", "validation_accuracy"), ("test", "validation"), "", "accuracy"),
     ),
 )

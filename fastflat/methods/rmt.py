@@ -599,7 +599,7 @@ METHOD = Method(
         quick=Settings(passes=160, seeds=1, images=2000, test_images=400, tune=False),
         grid={"lr": (0.05, 0.1), "friction": (0.1, 0.3), "factor": (0.5, 1.0)},
         figure=Figure(
-            "bars",
+            "dots",
             ("full_eigenvalue", "batch_eigenvalue", "formula_along_spike", "formula_isotropic"),
             ("all", "batch", "formula, noise along it", "formula, of the bulk"),
             "",

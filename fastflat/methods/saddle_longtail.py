@@ -398,7 +398,7 @@ METHOD = Method(
         quick=Settings(passes=40, seeds=1, images=1500, test_images=400, batch=32, tune=False),
         grid={"lr": (0.05, 0.1), "rho": (0.1, 0.5)},
         figure=Figure(
-            "bars",
+            "dots",
             ("test_accuracy", "head_accuracy", "tail_accuracy"),
             ("all classes", "most frequent third", "rarest third"),
             "",

@@ -577,6 +577,6 @@ METHOD = Method(
             " 6 points of validation accuracy. SAMQ's controller ends at 25 to 33 million bit operations, mostly"
             " fewer than SAQ's 33, and loses a point of accuracy."
         ),
-        figure=Figure("bars", ("test_accuracy", "validation_accuracy"), ("test", "validation"), ylabel="accuracy"),
+        figure=Figure("dots", ("test_accuracy", "validation_accuracy"), ("test", "validation"), ylabel="accuracy"),
     ),
 )

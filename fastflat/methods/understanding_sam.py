@@ -555,6 +555,6 @@ METHOD = Method(
             " best of its forms, as the paper says; the implicit bias of m-SAM shows where it is proved, on the"
             " sparse diagonal network."
         ),
-        figure=Figure("bars", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
+        figure=Figure("dots", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
     ),
 )

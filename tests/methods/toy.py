@@ -38,7 +38,7 @@ def make(better: float = 1.0, checked: float = 1.0) -> tuple[Method, list]:
             claims=(Claim("test_accuracy", "<new>", "base"), Claim("loss", "<new>", "base", "lower", margin=0.3)),
             full=Settings(passes=101, seeds=3),
             quick=Settings(passes=11, seeds=1, tune=False),
-            figure=Figure("bars", ("test_accuracy", "loss")),
+            figure=Figure("dots", ("test_accuracy", "loss")),
             grid={"lr": (0.2, 0.1, 0.3)},
         ),
     )
