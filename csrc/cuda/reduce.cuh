@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(kBlock, column_blocks_at_once<F>)
   }
 }
 
-// How the second pass shares out the partial sums: `lanes` threads a scale, more for more terms; neighbours are lanes of
-// one scale where its terms lie side by side, else scales.
+// How the second pass shares out the partial sums: `lanes` threads a scale, more for more terms; neighbours are lanes
+// of one scale where its terms lie side by side, else scales.
 struct FinishPlan {
   int lanes;
   bool along;
@@ -259,7 +259,8 @@ __global__ void __launch_bounds__(kBlock)
     if (lane >= distance) continue;
 #pragma unroll
     for (int k = 0; k < F::sums; ++k) {
-      of_thread[k][threadIdx.x] = F::combine(of_thread[k][threadIdx.x], of_thread[k][threadIdx.x + distance * place.step]);
+      of_thread[k][threadIdx.x] =
+          F::combine(of_thread[k][threadIdx.x], of_thread[k][threadIdx.x + distance * place.step]);
     }
   }
   if (lane != 0 || channel >= g.channels) return;

@@ -230,8 +230,8 @@ __global__ void __launch_bounds__(kBlock, 2)
 
 // The numbers of one channel and tangent from their partial sums, in fp64.
 template <class C>
-__global__ void __launch_bounds__(kBlock) sums_finish_kernel(Geometry g, ReducePlan p, int lanes, bool along,
-                                                             int64_t blocks, const C* partials, C* result) {
+__global__ void __launch_bounds__(kBlock)
+    sums_finish_kernel(Geometry g, ReducePlan p, int lanes, bool along, int64_t blocks, const C* partials, C* result) {
   __shared__ double of_thread[kBlock];
   const FinishPlace place(lanes, along);
   const int lane = place.lane;
@@ -248,7 +248,8 @@ __global__ void __launch_bounds__(kBlock) sums_finish_kernel(Geometry g, ReduceP
   of_thread[threadIdx.x] = sum;
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
     __syncthreads();
-    if (lane < distance) of_thread[threadIdx.x] = of_thread[threadIdx.x] + of_thread[threadIdx.x + distance * place.step];
+    if (lane < distance)
+      of_thread[threadIdx.x] = of_thread[threadIdx.x] + of_thread[threadIdx.x + distance * place.step];
   }
   if (lane == 0 && channel < g.channels) result[k * g.channels + channel] = static_cast<C>(of_thread[threadIdx.x]);
 }
