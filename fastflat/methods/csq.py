@@ -288,6 +288,10 @@ class CSQ:
             found[name] = HardLayer(codes, step, tuple(v > 0 for v in part.m.tolist()))
         for layer in self._layers.values():
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            weight = layer.weight.detach()
+            # Without gradients recorded torch leaves a buffer, which no optimizer would train further.
+            del layer.weight
+            layer.weight = nn.Parameter(weight)
         return found
 
     @staticmethod

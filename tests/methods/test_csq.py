@@ -37,6 +37,7 @@ def test_is_exact_and_on_its_target():
     assert CSQ.mean_bits(layers) <= 2.5
     assert all(layer.bits >= 1 for layer in layers.values())
     assert sorted(model.state_dict()) == sorted(names)
+    assert sorted(n for n, p in model.named_parameters() if p.requires_grad) == sorted(names)
     for name, layer in layers.items():
         assert torch.equal(model.get_submodule(name).weight, layer.step * layer.codes)
     with pytest.raises(RuntimeError, match="must be in its planes"):
