@@ -215,7 +215,12 @@ METHOD = Method(
         claims=(Claim("test_accuracy", "gadam", "adamw"), Claim("test_accuracy", "gadamx", "adamw")),
         full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=40, seeds=1, images=640, test_images=400, tune=False),
-        grid={"factor": (1.0, 0.3, 3.0)},
+        grid={"factor": (1.0, 0.3, 3.0, 9.0, 27.0)},
+        tried=(
+            "Gadam's averages are better than the last weights that they hold: by 2.1 points of test accuracy over its"
+            " three seeds, and at five of the six rates tried. AdamW, whose rate falls to zero, has as much from the"
+            " fall alone."
+        ),
         figure=Figure("dots", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
     ),
 )
