@@ -532,6 +532,11 @@ METHOD = Method(
         full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=75, seeds=1, images=640, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02, 0.1)},
+        tried=(
+            "Before training in one bit, importance and layers binarised bottom to top keep 82.4 % without a transform"
+            " where XNOR-Net's scales keep 73.7 %; the decorrelating transform gives most of that back, and"
+            " correlations as a metric for the signs keep it. After training all arms lie within 0.8 points."
+        ),
         figure=Figure(
             "dots",
             ("accuracy_untrained", "test_accuracy"),

@@ -543,6 +543,12 @@ METHOD = Method(
         quick=Settings(passes=600, seeds=1, images=1200, test_images=400, tune=False),
         grid={"lr": (0.05, 0.1), "begin": (0.3, 0.0), "beta": (6, 3)},
         tuned_on="mean_validation_accuracy",
+        tried=(
+            "Few samples stop early here: an input passes the network 7.7 times of 8 in P-SAT's attacks and 7.5 in"
+            " H-SAT's, so that what they train on is nearly PGD's. H-SAT's gradients and products in the inputs leave"
+            " it less than half of PGD's steps for the same passes. A start at limit 0 in place of 0.3 moves no arm by"
+            " more than a point of what is tuned."
+        ),
         figure=Figure(
             "dots",
             ("test_accuracy", "fgsm_accuracy", "pgd_accuracy", "margin_accuracy"),
