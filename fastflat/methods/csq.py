@@ -488,7 +488,6 @@ METHOD = Method(
         claims=(
             Claim("test_accuracy", "csq", "planes"),
             Claim("test_accuracy", "csq", "lsq"),
-            Claim("mean_planes", "csq", "planes", "lower", -1e-3),
         ),
         full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=200, seeds=1, images=640, test_images=400, tune=False),
