@@ -58,12 +58,12 @@ struct SpreadParameters {
 // one kind of division.
 template <class C, bool with_chained, class Body>
 FASTFLAT_HD void by_form(const FakeQuantizeCall& call, const Body& body) {
-  if (IntegerGrid<C>::is_plain(call.qmax, call.rules, call.zero_point != nullptr)) {
+  if (IntegerGrid<C>::is_plain(call.rules, call.zero_point != nullptr)) {
     body(IntegerGrid<C, GridForm::plain>::make(call.qmin, call.qmax, call.eps, call.factor, 0));
     return;
   }
   if constexpr (with_chained) {
-    if (IntegerGrid<C>::is_chained(call.qmax, call.rules, call.zero_point != nullptr)) {
+    if (IntegerGrid<C>::is_chained(call.rules, call.zero_point != nullptr)) {
       body(IntegerGrid<C, GridForm::chained>::make(call.qmin, call.qmax, call.eps, call.factor, call.rules));
       return;
     }

@@ -65,7 +65,7 @@ struct Call : GeneralQuantizeCall {
 
 // The call as the loops of the fake_quantize family take it, which are the faster ones where they know the rules.
 std::optional<FakeQuantizeCall> chained(const Call& call, Pair pair) {
-  const bool known = IntegerGrid<float>::is_chained(call.qmax, call.rules, call.zero_point != nullptr);
+  const bool known = IntegerGrid<float>::is_chained(call.rules, call.zero_point != nullptr);
   if (!known || pair != f32_f32 || call.delta != 0 || call.need_delta) return std::nullopt;
   FakeQuantizeCall simple{};
   simple.geometry = call.geometry;

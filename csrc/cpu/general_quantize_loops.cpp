@@ -316,7 +316,7 @@ const Kind<C>& kind_of(const GeneralQuantizeCall& call) {
   }
   const Noise noise = call.drawn ? noise_of(call.rules) : Noise::none;
   if constexpr (sizeof(C) == 4) {
-    if (GeneralGrid<C>::is_plain(call.qmax, call.rules, call.zero_point != nullptr)) {
+    if (GeneralGrid<C>::is_plain(call.rules, call.zero_point != nullptr)) {
       if (noise == Noise::additive) return Rule<C, false, Noise::additive, Exact, GeneralForm::plain>::kind;
       if (noise == Noise::stochastic) return Rule<C, false, Noise::stochastic, Exact, GeneralForm::plain>::kind;
       return Rule<C, true, Noise::none, Exact, GeneralForm::plain>::kind;

@@ -48,9 +48,7 @@ struct Mixture {
         factor(static_cast<const C*>(c.factor)),
         ts(static_cast<const C*>(c.ts)),
         tw(static_cast<const C*>(c.tw)) {
-    bool plain = true;
-    for (int j = 0; j < c.candidates; ++j) plain &= Candidate<C>::is_plain(qmax[j], c.rules);
-    form = plain ? plain_form : c.rules & rules::reciprocal ? reciprocal_form : dividing_form;
+    form = c.rules == 0 ? plain_form : c.rules & rules::reciprocal ? reciprocal_form : dividing_form;
   }
 };
 

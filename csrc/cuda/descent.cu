@@ -196,9 +196,10 @@ struct LambMoments : Step<W, G, W> {
       part.write(descent_of::m, at, m);
       part.write(descent_of::v, at, v);
     }
+    const Lanes lanes = part.valid.lanes(at, width);
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      if (!part.valid.holds(at + k)) continue;
+      if (!lanes.holds(k)) continue;
       const C w = load(in.source.v[k]);
       const double wide = w, q = rule.lamb(w, m.v[k], v.v[k]);
       sums.v[0] = sums.v[0] + q * q;

@@ -11,27 +11,28 @@
 namespace fastflat::cuda {
 namespace {
 
-template <class C>
+template <class C, GridForm form = GridForm::full>
 struct Quantize {
   using Compute = C;
-  IntegerGrid<C> grid;
+  IntegerGrid<C, form> grid;
   const C* scale;
   const C* zero_point;
 
   explicit Quantize(const Quantizer& q)
-      : grid(IntegerGrid<C>::make(q.qmin, q.qmax, q.eps, q.factor, q.rules)),
+      : grid(IntegerGrid<C, form>::make(q.qmin, q.qmax, q.eps, q.factor, q.rules)),
         scale(static_cast<const C*>(q.scale)),
         zero_point(static_cast<const C*>(q.zero_point)) {}
 
   __device__ __forceinline__ QuantGroup<C> group(int64_t channel) const {
     const C s = load_parameter(scale, channel);
+    if constexpr (form == GridForm::plain) return grid.group(s);
     return zero_point ? grid.group(s, load_parameter(zero_point, channel)) : grid.group(s);
   }
 };
 
-template <class C>
-struct Forward : Quantize<C> {
-  using Quantize<C>::Quantize;
+template <class C, GridForm form = GridForm::full>
+struct Forward : Quantize<C, form> {
+  using Quantize<C, form>::Quantize;
 
   template <class X, class Y>
   __device__ __forceinline__ void operator()(const QuantGroup<C>& group, X x, Y& y) const {
@@ -39,9 +40,9 @@ struct Forward : Quantize<C> {
   }
 };
 
-template <class C>
-struct StraightThrough : Quantize<C> {
-  using Quantize<C>::Quantize;
+template <class C, GridForm form = GridForm::full>
+struct StraightThrough : Quantize<C, form> {
+  using Quantize<C, form>::Quantize;
 
   template <class Y, class X>
   __device__ __forceinline__ void operator()(const QuantGroup<C>& group, Y gy, X x, X& gx) const {
@@ -49,14 +50,16 @@ struct StraightThrough : Quantize<C> {
   }
 };
 
-template <class C>
-struct Backward : Quantize<C> {
-  static constexpr int sums = 2;
+template <class C, GridForm form = GridForm::full>
+struct Backward : Quantize<C, form> {
+  // Only a zero-point has use for the second.
+  static constexpr int sums = form == GridForm::plain ? 1 : 2;
+  static constexpr int column_blocks_at_once = form == GridForm::plain ? 0 : 2;
   C* gs;
   C* gz;
 
   Backward(const Quantizer& q, void* scale_gradient, void* zero_gradient)
-      : Quantize<C>(q), gs(static_cast<C*>(scale_gradient)), gz(static_cast<C*>(zero_gradient)) {}
+      : Quantize<C, form>(q), gs(static_cast<C*>(scale_gradient)), gz(static_cast<C*>(zero_gradient)) {}
 
   template <class T>
   __device__ __forceinline__ static T combine(T a, T b) {
@@ -64,16 +67,18 @@ struct Backward : Quantize<C> {
   }
 
   template <class Y, class X>
-  __device__ __forceinline__ void operator()(const QuantGroup<C>& group, Sums<C, 2>& sum, Y gy, X x, X& gx) const {
+  __device__ __forceinline__ void operator()(const QuantGroup<C>& group, Sums<C, sums>& sum, Y gy, X x, X& gx) const {
     const auto gradient = this->grid.backward(load(gy), load(x), group);
     gx = store<X>(gradient.x);
     sum.v[0] = combine(sum.v[0], gradient.scale);
-    sum.v[1] = combine(sum.v[1], gradient.outside);
+    if constexpr (sums > 1) sum.v[1] = combine(sum.v[1], gradient.outside);
   }
 
-  __device__ __forceinline__ void finish(int64_t channel, const Sums<double, 2>& sum) const {
+  __device__ __forceinline__ void finish(int64_t channel, const Sums<double, sums>& sum) const {
     gs[channel] = this->grid.scale_gradient(static_cast<C>(sum.v[0]));
-    if (gz) gz[channel] = this->grid.zero_gradient(static_cast<C>(sum.v[1]), this->group(channel));
+    if constexpr (sums > 1) {
+      if (gz) gz[channel] = this->grid.zero_gradient(static_cast<C>(sum.v[1]), this->group(channel));
+    }
   }
 };
 
@@ -101,12 +106,12 @@ struct Tangent : Quantize<C> {
 };
 
 // The largest magnitude of a run, as its scale; alone (reduce) or followed by the quantization (resident).
-template <class C>
-struct AbsMax : Forward<C> {
+template <class C, GridForm form = GridForm::full>
+struct AbsMax : Forward<C, form> {
   static constexpr int sums = 1;
   C* result;
 
-  AbsMax(const Quantizer& q, void* scale) : Forward<C>(q), result(static_cast<C*>(scale)) {}
+  AbsMax(const Quantizer& q, void* scale) : Forward<C, form>(q), result(static_cast<C*>(scale)) {}
 
   template <class T>
   __device__ __forceinline__ static T combine(T a, T b) {
@@ -123,7 +128,7 @@ struct AbsMax : Forward<C> {
     return this->grid.group(absmax_scale(absmax, this->grid.qmax));
   }
 
-  using Forward<C>::operator();
+  using Forward<C, form>::operator();
   template <class X>
   __device__ __forceinline__ void operator()(int, Sums<C, 1>& sum, X x) const {
     sum.v[0] = combine(sum.v[0], measure(x));
@@ -134,6 +139,19 @@ struct AbsMax : Forward<C> {
   }
 };
 
+template <GridForm form>
+using Form = std::integral_constant<GridForm, form>;
+
+// Calls f with the form that a call's rules allow. All bits are the same; fp64 and mixed pairs, which are rare, have
+// the full one alone.
+template <class X, class Y, class F>
+cudaError_t with_form(const Quantizer& q, const F& f) {
+  if constexpr (std::is_same_v<X, Y> && !std::is_same_v<X, double>) {
+    if (IntegerGrid<compute_t<X>>::is_plain(q.rules, q.zero_point)) return f(Form<GridForm::plain>{});
+  }
+  return f(Form<GridForm::full>{});
+}
+
 }  // namespace
 
 ErrorCode launch_fake_quantize(Pair pair, const Geometry& g, const Quantizer& quantizer, const void* x, void* y,
@@ -141,8 +159,10 @@ ErrorCode launch_fake_quantize(Pair pair, const Geometry& g, const Quantizer& qu
   return with_types(pair, [&](auto data, auto result) {
     using X = type_of<decltype(data)>;
     using Y = type_of<decltype(result)>;
-    return launch_map<pack_width<X, Y>>(g, Forward<compute_t<X>>(quantizer), streams(input<X>(x)),
-                                        streams(output<Y>(y)), native(stream));
+    return with_form<X, Y>(quantizer, [&](auto form) {
+      return launch_map<pack_width<X, Y>>(g, Forward<compute_t<X>, form>(quantizer), streams(input<X>(x)),
+                                          streams(output<Y>(y)), native(stream));
+    });
   });
 }
 
@@ -151,8 +171,10 @@ ErrorCode launch_fake_quantize_ste(Pair pair, const Geometry& g, const Quantizer
   return with_types(pair, [&](auto data, auto result) {
     using X = type_of<decltype(data)>;
     using Y = type_of<decltype(result)>;
-    return launch_map<pack_width<X, Y>>(g, StraightThrough<compute_t<X>>(quantizer), streams(input<Y>(gy), input<X>(x)),
-                                        streams(output<X>(gx)), native(stream));
+    return with_form<X, Y>(quantizer, [&](auto form) {
+      return launch_map<pack_width<X, Y>>(g, StraightThrough<compute_t<X>, form>(quantizer),
+                                          streams(input<Y>(gy), input<X>(x)), streams(output<X>(gx)), native(stream));
+    });
   });
 }
 
@@ -161,9 +183,11 @@ ErrorCode launch_fake_quantize_bwd(Pair pair, const Geometry& g, const Quantizer
   return with_types(pair, [&](auto data, auto result) {
     using X = type_of<decltype(data)>;
     using Y = type_of<decltype(result)>;
-    return launch_reduce<pack_width<X, Y>>(g, Backward<compute_t<X>>(quantizer, gs, gz),
-                                           streams(input<Y>(gy), input<X>(x)), streams(output<X>(gx)), workspace,
-                                           native(stream));
+    return with_form<X, Y>(quantizer, [&](auto form) {
+      return launch_reduce<pack_width<X, Y>>(g, Backward<compute_t<X>, form>(quantizer, gs, gz),
+                                             streams(input<Y>(gy), input<X>(x)), streams(output<X>(gx)), workspace,
+                                             native(stream));
+    });
   });
 }
 
@@ -204,14 +228,20 @@ ErrorCode launch_fake_quantize_absmax(Pair pair, const Geometry& g, const Quanti
     using Y = type_of<decltype(result)>;
     using C = compute_t<X>;
     constexpr int pack = pack_width<X, Y>;
-    const AbsMax<C> absmax(dynamic, scale);
-    if (const int team = resident_team<X, pack>(g)) {
-      return launch_resident<pack>(g, team, absmax, input<X>(x), output<Y>(y), native(stream));
+    const int team = resident_team<X, pack>(g);
+    if (team == 0) {
+      const cudaError_t error = launch_reduce<pack_width<X>>(g, AbsMax<C>(dynamic, scale), streams(input<X>(x)),
+                                                             streams(), workspace, native(stream));
+      if (error != cudaSuccess) return error;
     }
-    const cudaError_t error =
-        launch_reduce<pack_width<X>>(g, absmax, streams(input<X>(x)), streams(), workspace, native(stream));
-    if (error != cudaSuccess) return error;
-    return launch_map<pack>(g, Forward<C>(dynamic), streams(input<X>(x)), streams(output<Y>(y)), native(stream));
+    return with_form<X, Y>(dynamic, [&](auto form) {
+      if (team) {
+        return launch_resident<pack>(g, team, AbsMax<C, form>(dynamic, scale), input<X>(x), output<Y>(y),
+                                     native(stream));
+      }
+      return launch_map<pack>(g, Forward<C, form>(dynamic), streams(input<X>(x)), streams(output<Y>(y)),
+                              native(stream));
+    });
   });
 }
 

@@ -29,7 +29,7 @@ struct Rule {
   const C* nu;
   const C* a;
   Noise noise;
-  bool floats, normal, rounds;
+  bool floats, normal, rounds, plain;
   uint32_t rounds_every;  // mask
   // Read by open().
   NoiseScale<C> scalars{};
@@ -46,6 +46,7 @@ struct Rule {
         floats(GeneralGrid<C>::floats(q.rules)),
         normal(q.rules & rules::noise_normal),
         rounds(q.rules & (rules::compute_input | rules::through_chain)),
+        plain(GeneralGrid<C>::is_plain(q.rules, q.zero_point)),
         rounds_every(mask_of<float>(q.rules & rules::compute_input)) {
     scalars.shift = q.rules & (rules::noise_uniform | rules::noise_temper) ? C(0.5) : C(0);
   }
@@ -101,6 +102,18 @@ struct Rule {
   __device__ __forceinline__ auto code(C x, float draw, const GeneralGroup<C>& group, Precision precision) const {
     return grid.code(x, static_cast<C>(draw), group, scalars, floats, drawn ? noise : Noise::none, precision);
   }
+
+  // By packs the plain form serves: noise on an integer grid, or floats, which need the scale alone.
+  __device__ __forceinline__ bool by_pack() const { return plain; }
+  __device__ __forceinline__ GeneralGroup<C> pack_group(int64_t channel) const {
+    GeneralGroup<C> group{};
+    group.s = grid.base.group(load_parameter(scale, channel)).s;
+    return group;
+  }
+  __device__ __forceinline__ auto plain_code(C x, float draw, const GeneralGroup<C>& group) const {
+    const Noise kind = drawn ? (noise == Noise::additive ? Noise::additive : Noise::stochastic) : Noise::none;
+    return grid.code_of_plain(x, static_cast<C>(draw), group, scalars, !drawn, kind);
+  }
 };
 
 template <class X, bool drawn>
@@ -114,6 +127,13 @@ struct Forward : Rule<X, drawn> {
       return this->grid.forward(load(x), static_cast<C>(draw), group, this->scalars, this->floats,
                                 drawn ? this->noise : Noise::none, precision);
     }));
+  }
+
+  template <int N, class Y>
+  __device__ __forceinline__ void all(const Draws<N>& draws, const GeneralGroup<C>& group, const Pack<X, N>& x,
+                                      Pack<Y, N>& y) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) y.v[i] = store<Y>(this->plain_code(load(x.v[i]), draws.v[i], group).d * group.s);
   }
 };
 
@@ -139,6 +159,11 @@ struct Gradients : Rule<X, drawn> {
                                  this->grid.chain != 0, precision);
     });
   }
+
+  __device__ __forceinline__ bool by_pack() const { return this->plain && !delta; }
+  __device__ __forceinline__ auto plainly(float draw, const GeneralGroup<C>& group, C gy, C x) const {
+    return this->grid.backward(gy, x, this->plain_code(x, draw, group), group, C(0), false);
+  }
 };
 
 template <class X, bool drawn>
@@ -149,6 +174,13 @@ struct DataGradient : Gradients<X, drawn> {
   __device__ __forceinline__ void operator()(float draw, const GeneralGroup<compute_t<X>>& group, Y gy, X x,
                                              X& gx) const {
     gx = store<X>(this->of(draw, group, load(gy), load(x)).x);
+  }
+
+  template <int N, class Y>
+  __device__ __forceinline__ void all(const Draws<N>& draws, const GeneralGroup<compute_t<X>>& group,
+                                      const Pack<Y, N>& gy, const Pack<X, N>& x, Pack<X, N>& gx) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) gx.v[i] = store<X>(this->plainly(draws.v[i], group, load(gy.v[i]), load(x.v[i])).x);
   }
 };
 
@@ -201,6 +233,18 @@ struct Backward : Gradients<X, drawn>, ScaleGradients<compute_t<X>> {
     sum.v[2] = sum.v[2] + gradient.delta;
   }
 
+  // Without a zero-point and without delta there is one sum.
+  template <int N, class Y>
+  __device__ __forceinline__ void all(const Draws<N>& draws, const GeneralGroup<C>& group, Sums<C, 3>& sum,
+                                      const Pack<Y, N>& gy, const Pack<X, N>& x, Pack<X, N>& gx) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const auto gradient = this->plainly(draws.v[i], group, load(gy.v[i]), load(x.v[i]));
+      gx.v[i] = store<X>(gradient.x);
+      sum.v[0] = sum.v[0] + gradient.scale;
+    }
+  }
+
   __device__ __forceinline__ void total(int64_t unit, const Sums<C, 3>& sum) const {
     if (!shares) return;
     shares[unit] = sum.v[2];
@@ -211,6 +255,7 @@ struct Backward : Gradients<X, drawn>, ScaleGradients<compute_t<X>> {
 template <class X, bool drawn>
 struct Tangent : Rule<X, drawn> {
   static constexpr bool long_body = !drawn;  // with draws the one copy spills
+  bool by_pack() const = delete;
   using C = compute_t<X>;
   struct Group {
     GeneralGroup<C> of;

@@ -116,11 +116,22 @@ inline constexpr int pack_width = [] {
   return static_cast<int>(kAccess / narrowest);
 }();
 
+// Elements [first, last) of a pack.
+struct Lanes {
+  int first, last;
+
+  FASTFLAT_HD bool holds(int i) const { return i >= first && i < last; }
+};
+
 struct Range {
   int64_t begin, end;
 
-  FASTFLAT_HD bool holds(int64_t offset) const { return offset >= begin && offset < end; }
   FASTFLAT_HD bool holds_all(int64_t offset, int count) const { return offset >= begin && offset + count <= end; }
+
+  // Which of `count` elements from `offset` on are held, in 32 bits.
+  FASTFLAT_HD Lanes lanes(int64_t offset, int count) const {
+    return {static_cast<int>(clamp(begin - offset, 0, count)), static_cast<int>(clamp(end - offset, 0, count))};
+  }
 };
 
 // The pack at `offset` (a multiple of N) of a 16-byte aligned array, or of any array where it is not `wide`; elements
@@ -136,9 +147,10 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* from, int64_t offset, R
     memcpy(&pack, raw, sizeof(pack));
     platform::count_read(sizeof(pack));
   } else {
+    const Lanes lanes = valid.lanes(offset, N);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (!valid.holds(offset + i)) continue;
+      if (!lanes.holds(i)) continue;
       pack.v[i] = from[offset + i];
       platform::count_read(sizeof(T));
     }
@@ -162,9 +174,10 @@ __device__ __forceinline__ void store_pack(T* to, int64_t offset, Range valid, c
     for (int w = 0; w < words; ++w) platform::store_16(reinterpret_cast<uint4*>(to + offset) + w, raw[w]);
     platform::count_written(sizeof(pack));
   } else {
+    const Lanes lanes = valid.lanes(offset, N);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (!valid.holds(offset + i)) continue;
+      if (!lanes.holds(i)) continue;
       to[offset + i] = pack.v[i];
       platform::count_written(sizeof(T));
     }
@@ -227,6 +240,9 @@ __device__ __forceinline__ void store_packs(const TupleOf<std::index_sequence<I.
 //                                            columns, which has no limit otherwise
 //   static constexpr bool long_body          so many instructions an element that one copy of them serves packs within
 //                                            a scale and packs across scales
+//   bool by_pack() const                     whether packs within a scale may be done at once, in fewer instructions
+//   auto pack_group(int64_t channel) const   the parameters for that
+//   void all(own, group, sums, in..., out...) const      and how: operator() with packs in the place of elements
 template <class F>
 __device__ __forceinline__ void open(F& f) {
   if constexpr (requires { f.open(); }) f.open();
@@ -288,6 +304,38 @@ __device__ __forceinline__ void apply(const F& f, int k, const TupleOf<std::inde
     f(leading..., get<I>(in).v[k]..., get<O>(out).v[k]...);
   } else {
     f(own.v[k], leading..., get<I>(in).v[k]..., get<O>(out).v[k]...);
+  }
+}
+
+template <class F>
+__device__ __forceinline__ bool takes_packs(const F& f) {
+  if constexpr (requires { f.by_pack(); }) {
+    return f.by_pack();
+  } else {
+    return false;
+  }
+}
+
+template <class F>
+__device__ __forceinline__ auto pack_group(const F& f, [[maybe_unused]] int64_t channel) {
+  if constexpr (requires { f.by_pack(); }) {
+    return f.pack_group(channel);
+  } else {
+    return Nothing{};
+  }
+}
+
+// f.all(own, leading..., inputs..., outputs...), `own` by pack_of; nothing for a functor that has no such member.
+template <class F, int N, size_t... I, class... In, size_t... O, class... Out, class Own, class... Leading>
+__device__ __forceinline__ void apply_all(const F& f, const TupleOf<std::index_sequence<I...>, Pack<In, N>...>& in,
+                                          TupleOf<std::index_sequence<O...>, Pack<Out, N>...>& out, const Own& own,
+                                          Leading&&... leading) {
+  if constexpr (requires { f.by_pack(); }) {
+    if constexpr (std::is_same_v<Own, Nothing>) {
+      f.all(leading..., get<I>(in)..., get<O>(out)...);
+    } else {
+      f.all(own, leading..., get<I>(in)..., get<O>(out)...);
+    }
   }
 }
 

@@ -36,20 +36,22 @@ __global__ void __launch_bounds__(kBlock, blocks_at_once<F>) map_kernel(int64_t 
     const int local = (v * kBlock + static_cast<int>(threadIdx.x)) * N;
     if (base + local >= n) return;
     Position position = locate.base;
-    if (g.channels > 1) {
-      position = locate.at(local);
-      group = f.group(position.channel);
-    }
+    if (g.channels > 1) position = locate.at(local);
     const auto own = pack_of<N>(f, base + local);
     packs_of<N, Out> result;
-    if (!long_body<F> && one_scale_a_pack) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) apply(f, i, loaded[v], result, own, group);
+    if (takes_packs(f) && one_scale_a_pack) {
+      apply_all(f, loaded[v], result, own, pack_group(f, position.channel));
     } else {
+      if (g.channels > 1) group = f.group(position.channel);
+      if (!long_body<F> && one_scale_a_pack) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (i > 0 && !(long_body<F> && one_scale_a_pack) && position.advance(g)) group = f.group(position.channel);
-        apply(f, i, loaded[v], result, own, group);
+        for (int i = 0; i < N; ++i) apply(f, i, loaded[v], result, own, group);
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          if (i > 0 && !(long_body<F> && one_scale_a_pack) && position.advance(g)) group = f.group(position.channel);
+          apply(f, i, loaded[v], result, own, group);
+        }
       }
     }
     store_packs(out, base + local, all, result);

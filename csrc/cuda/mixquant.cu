@@ -47,6 +47,14 @@ struct Mixed {
         Candidate<C>::make(load_parameter(qmin, j), load_parameter(qmax, j), load_parameter(weight, j), eps, rules);
     each(j, c.term(x, c.group(load_parameter(scale, j * channels + channel))), c.weight);
   }
+
+  // By packs the parameters of a candidate are read once for all elements, and the plain form serves.
+  __device__ __forceinline__ bool by_pack() const { return rules == 0; }
+  __device__ __forceinline__ int64_t pack_group(int64_t channel) const { return channel; }
+  __device__ __forceinline__ Candidate<C, true> plain(int j) const {
+    return Candidate<C, true>::make(load_parameter(qmin, j), load_parameter(qmax, j), load_parameter(weight, j), eps,
+                                    0);
+  }
 };
 
 template <class C>
@@ -62,11 +70,28 @@ struct Value : Mixed<C> {
     }
     y = store<Y>(sum);
   }
+
+  template <class X, class Y, int N>
+  __device__ __forceinline__ void all(int64_t channel, const Pack<X, N>& x, Pack<Y, N>& y) const {
+    C sum[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum[i] = -C(0);
+#pragma unroll 1
+    for (int j = 0; j < this->count; ++j) {
+      const auto c = this->plain(j);
+      const auto group = c.group(load_parameter(this->scale, j * this->channels + channel));
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] += weighted(c.grid.forward(load(x.v[i]), group), c.weight);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) y.v[i] = store<Y>(sum[i]);
+  }
 };
 
 template <class C>
 struct Tangent : Mixed<C> {
   static constexpr int blocks_at_once = 2;
+  bool by_pack() const = delete;
   const C* ts;
   const C* tw;
 
@@ -154,6 +179,34 @@ struct Gradient : ScaleGradients<C, most> {
       }
     }
     gx = store<X>(passed(gy, pass));
+  }
+
+  template <class Y, class X, int N>
+  __device__ __forceinline__ void all(int64_t channel, Sums<C, sums>& sum, const Pack<Y, N>& gy, const Pack<X, N>& x,
+                                      Pack<X, N>& gx) const {
+    C pass[N]{};
+#pragma unroll 1
+    for (int candidate = 0; candidate < this->count; ++candidate) {
+      const auto c = this->plain(candidate);
+      const auto group = c.group(load_parameter(this->scale, candidate * this->channels + channel));
+      C of_scale = 0, of_weight = 0;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const auto term = c.term(load(x.v[i]), group);
+        pass[i] += term.pass;
+        of_scale += load(gy.v[i]) * term.by_scale;
+        of_weight += load(gy.v[i]) * term.value;
+      }
+      // Registers have no index: every sum asks whether it is meant.
+#pragma unroll
+      for (int j = 0; j < most; ++j) {
+        if (j != candidate) continue;
+        sum.v[j] += of_scale;
+        sum.v[most + j] += of_weight;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) gx.v[i] = store<X>(passed(load(gy.v[i]), pass[i]));
   }
 
   __device__ __forceinline__ void total(int64_t unit, const Sums<C, sums>& sum) const {

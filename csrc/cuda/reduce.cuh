@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(kBlock, blocks_at_once<F>)
     const int64_t skip = part % p.chunks_per_run * p.chunk;
     open(f);
     const auto group = f.group(channel);
+    [[maybe_unused]] const auto of_packs = pack_group(f, channel);
     for (int64_t row = first; row < last; ++row) {
       const int64_t run = (row * g.channels + channel) * g.inner;
       const Range piece{run + skip, least(run + skip + p.chunk, run + g.inner)};
@@ -105,9 +106,18 @@ __global__ void __launch_bounds__(kBlock, blocks_at_once<F>)
         const auto loaded = load_packs<N>(in, at, piece);
         const auto own = pack_of<N>(f, at);
         packs_of<N, Out> result;
+        const bool whole = piece.holds_all(at, N);
+        if (takes_packs(f) && whole) {
+          apply_all(f, loaded, result, own, of_packs, sums);
+        } else if (!long_body<F> && whole) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          if (piece.holds(at + i)) apply(f, i, loaded, result, own, group, sums);
+          for (int i = 0; i < N; ++i) apply(f, i, loaded, result, own, group, sums);
+        } else {
+          const Lanes lanes = piece.lanes(at, N);
+#pragma unroll
+          for (int i = 0; i < N; ++i) {
+            if (lanes.holds(i)) apply(f, i, loaded, result, own, group, sums);
+          }
         }
         store_packs(out, at, piece, result);
       }
@@ -162,14 +172,22 @@ __global__ void __launch_bounds__(kBlock, column_blocks_at_once<F>)
     const auto own = pack_of<N>(f, at);
     packs_of<N, Out> result;
     Sums<C, F::sums> of_row{};
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (!all.holds(at + i)) continue;
+    const auto element = [&](int i) {
 #pragma unroll
       for (int k = 0; k < of_scale; ++k) of_row.v[k] = sums[i].v[k];
       apply(f, i, loaded, result, own, group[i], of_row);
 #pragma unroll
       for (int k = 0; k < of_scale; ++k) sums[i].v[k] = of_row.v[k];
+    };
+    if (!long_body<F> && all.holds_all(at, N)) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) element(i);
+    } else {
+      const Lanes lanes = all.lanes(at, N);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (lanes.holds(i)) element(i);
+      }
     }
 #pragma unroll
     for (int k = of_scale; k < F::sums; ++k) total.v[k] = F::combine(total.v[k], of_row.v[k]);

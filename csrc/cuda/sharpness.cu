@@ -30,9 +30,10 @@ struct Products {
 
   __device__ __forceinline__ void add(const Piece<streams>& piece, int64_t at, const In& in,
                                       Sums<double, 3>& sums) const {
+    const Lanes lanes = piece.valid.lanes(at, width);
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      if (!piece.valid.holds(at + k)) continue;
+      if (!lanes.holds(k)) continue;
       double first = load(in.g.v[k]);
       const double second = load(in.other.v[k]);
       if (kind == sum_scaled) first = (magnitude(second) + eta) * first;

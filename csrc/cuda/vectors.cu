@@ -178,13 +178,14 @@ __global__ void __launch_bounds__(kBlock, V > 1 ? 2 : kBlocksAtOnce)
     }
   }
   Sums<double, V> squares{};
+  const Lanes lanes = valid.lanes(at, N);
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     if (k0 + k >= vectors) continue;
     store_pack(w + (k0 + k) * n, at, valid, left[k], wide_w);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const double v = valid.holds(at + i) ? static_cast<double>(left[k].v[i]) : 0.0;
+      const double v = lanes.holds(i) ? static_cast<double>(left[k].v[i]) : 0.0;
       squares.v[k] = squares.v[k] + v * v;
     }
   }
@@ -249,9 +250,10 @@ struct Form {
 
   __device__ __forceinline__ void add(const Piece<streams>& piece, int64_t at, const In& in,
                                       Sums<double, 1>& sums) const {
+    const Lanes lanes = piece.valid.lanes(at, width);
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      if (!piece.valid.holds(at + k)) continue;
+      if (!lanes.holds(k)) continue;
       const double first = load(in.v.v[k]), second = load(in.hv.v[k]);
       sums.v[0] = sums.v[0] + first * second;
     }

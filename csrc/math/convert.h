@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Storage types of 16 bits and their conversion from and to fp32, in integer arithmetic that is the same on every
-// target: round to nearest, ties to even, subnormals kept, overflow to infinity, NaN to a quiet NaN.
+// Storage types of 16 bits and their conversion from and to fp32, the same on every target: round to nearest, ties to
+// even, subnormals kept, overflow to infinity, NaN to a quiet NaN. GPUs have instructions for it, whose NaN alone has
+// other bits; elsewhere it is integer arithmetic, which vectorises.
 #pragma once
 
 #include <cstdint>
@@ -29,12 +30,23 @@ FASTFLAT_HD To bit_cast(From from) {
 FASTFLAT_HD float to_float(BFloat16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
 
 FASTFLAT_HD BFloat16 to_bfloat16(float v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  BFloat16 t;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(t.bits) : "f"(v));
+  return t;
+#else
   // One NaN for all: a payload could carry out of the mantissa when rounded.
   const uint32_t u = bit_cast<uint32_t>(v == v ? v : bit_cast<float>(0x7fc00000u));
   return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+#endif
 }
 
 FASTFLAT_HD float to_float(Half v) {
+#ifdef __CUDA_ARCH__
+  float t;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(t) : "h"(v.bits));
+  return t;
+#else
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
   // Exponents 0 to 30 move by 112 through an exact product, which also normalises subnormals.
@@ -42,9 +54,15 @@ FASTFLAT_HD float to_float(Half v) {
   const uint32_t finite = bit_cast<uint32_t>(scaled);
   const uint32_t special = magnitude | 0x7f800000u;
   return bit_cast<float>((magnitude >= 0x0f800000u ? special : finite) | sign);
+#endif
 }
 
 FASTFLAT_HD Half to_half(float v) {
+#ifdef __CUDA_ARCH__
+  Half t;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(t.bits) : "f"(v));
+  return t;
+#else
   const uint32_t u = bit_cast<uint32_t>(v);
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t a = u & 0x7fffffffu;
@@ -55,6 +73,7 @@ FASTFLAT_HD Half to_half(float v) {
   const uint32_t special = a > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t finite = a < 0x38800000u ? subnormal : normal;
   return {static_cast<uint16_t>((a >= 0x47800000u ? special : finite) | sign)};
+#endif
 }
 
 // The arithmetic type of a storage type, and loads and stores between them.

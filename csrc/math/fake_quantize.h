@@ -51,9 +51,9 @@ struct QuantGroup {
 };
 
 // The whole rule, and forms of it that leave out what they have no use for, with the same bits. `plain`, the commonest:
-// no zero-point, rules 0 (division, mask before rounding, NaN stays, infinity saturates, -0 stays) and a positive qmax;
-// is_plain() says when it may stand in. `chained` adds to it what chains of eager operations do, rules::through_chain,
-// ::mask_none and ::rectified of the general_quantize family; is_chained() says when.
+// no zero-point and rules 0 (division, mask before rounding, NaN stays, infinity saturates, -0 stays); is_plain() says
+// when it may stand in. `chained` adds to it what chains of eager operations do, rules::through_chain, ::mask_none and
+// ::rectified of the general_quantize family; is_chained() says when.
 enum class GridForm { full, plain, chained };
 
 // What the chained form alone holds: whether the gradient that passes is (gy s) / s, and whether x is max(x, 0).
@@ -80,13 +80,11 @@ struct IntegerGrid : Chain<C, form> {
   bool reciprocal, zero_inside, zero_float;
   Mask pass_all;  // set: every gradient passes
 
-  FASTFLAT_HD static bool is_plain(int64_t qmax, int64_t rules, bool has_zero_point) {
-    return rules == 0 && qmax > 0 && !has_zero_point;
-  }
+  FASTFLAT_HD static bool is_plain(int64_t rules, bool has_zero_point) { return rules == 0 && !has_zero_point; }
 
-  FASTFLAT_HD static bool is_chained(int64_t qmax, int64_t rules, bool has_zero_point) {
+  FASTFLAT_HD static bool is_chained(int64_t rules, bool has_zero_point) {
     const int64_t known = rules::through_chain | rules::mask_none | rules::rectified;
-    return rules != 0 && (rules & ~known) == 0 && qmax > 0 && !has_zero_point;
+    return rules != 0 && (rules & ~known) == 0 && !has_zero_point;
   }
 
   FASTFLAT_HD static IntegerGrid make(int64_t qmin, int64_t qmax, double eps, double factor, int64_t rules) {
@@ -97,8 +95,8 @@ struct IntegerGrid : Chain<C, form> {
     grid.factor = static_cast<C>(factor);
     const C zero = 0;
     grid.zero_fix = (rules & rules::positive_zero) ? zero : -zero;
-    // The plain clamp keeps a -0 that meets qmin; the general one gives qmin itself.
-    if (plain) grid.zero_fix = qmin == 0 ? zero : -zero;
+    // The plain clamp keeps a -0 that meets an end of the grid; the general one gives the end itself.
+    if (plain) grid.zero_fix = qmin == 0 || qmax == 0 ? zero : -zero;
     grid.reciprocal = rules & rules::reciprocal;
     grid.zero_inside = rules & rules::zero_inside;
     grid.zero_float = rules & rules::zero_float;

@@ -131,12 +131,12 @@ struct GeneralGrid {
 
   // Whether code_of_plain may stand in for code: an integer grid whose only rule is its noise, or a float grid of
   // which at most every gradient passes. How a scale came about is no matter.
-  FASTFLAT_HD static bool is_plain(int64_t qmax, int64_t rules, bool has_zero_point) {
+  FASTFLAT_HD static bool is_plain(int64_t rules, bool has_zero_point) {
     const int64_t noises = rules::noise_uniform | rules::noise_normal | rules::round_stochastic;
     const int64_t scales =
         rules::scale_floor | rules::scale_ceil | rules::scale_even | rules::scale_rceil | rules::scale_e4m3;
     if (floats(rules)) return !has_zero_point && (rules & ~(minifloats | scales | rules::mask_none)) == 0;
-    return (rules & noises) != 0 && IntegerGrid<C>::is_plain(qmax, rules & ~noises, has_zero_point);
+    return (rules & noises) != 0 && IntegerGrid<C>::is_plain(rules & ~noises, has_zero_point);
   }
 
   // What of code the commonest forms have use for, with the same bits: additive noise, stochastic rounding, or floats.
@@ -157,8 +157,7 @@ struct GeneralGrid {
     } else {
       r = rounded(w, xi, noise);
     }
-    // The clamp keeps a -0 that meets qmin = 0, which the addition mends.
-    c.d = between(r, base.qmin, base.qmax) + (base.qmin == C(0) ? C(0) : -C(0));
+    c.d = between(r, base.qmin, base.qmax) + end_fix();
     c.e = c.u - c.d;
     c.in = base.pass_all | mask_of<C>((w >= base.qmin) & (w <= base.qmax));
     return c;
@@ -182,8 +181,7 @@ struct GeneralGrid {
     const C v = c.u + g.z_in;
     const C w = v + g.z_out;
     const C r = round_even(v) + g.z_out;
-    // The clamp keeps a -0 that meets qmin = 0, which the addition mends.
-    const C q = between(r, base.qmin, base.qmax) + (base.qmin == C(0) ? C(0) : -C(0));
+    const C q = between(r, base.qmin, base.qmax) + end_fix();
     c.d = (q - g.z) + base.zero_fix;
     c.e = c.u - c.d;
     const bool on_grid = (w >= base.from) & (w <= base.to) & (r >= base.after_from) & (r <= base.after_to);
@@ -294,6 +292,9 @@ struct GeneralGrid {
   }
 
  private:
+  // between() keeps a -0 that meets an end of the grid, which this mends by addition.
+  FASTFLAT_HD C end_fix() const { return (base.qmin == C(0)) | (base.qmax == C(0)) ? C(0) : -C(0); }
+
   // Whether a rectified x may pass its gradient: it is not 0.
   FASTFLAT_HD Mask lit(C x) const { return ~(rectified & mask_of<C>(x == C(0))); }
 

@@ -43,11 +43,10 @@ struct Candidate {
   Grid grid;
   C weight;
 
-  FASTFLAT_HD static bool is_plain(C qmax, int64_t rules) { return rules == 0 && qmax > 0; }
-
   // The limits are data: small integers in the compute type.
   FASTFLAT_HD static Candidate make(C qmin, C qmax, C weight, double eps, int64_t rules) {
-    Candidate candidate{Grid::make(qmin == 0 ? 0 : -1, 1, eps, 1.0, rules), weight};
+    // The ends count here only where one is 0.
+    Candidate candidate{Grid::make(qmin == 0 || qmax == 0 ? 0 : -1, 1, eps, 1.0, rules), weight};
     candidate.grid.limit(qmin, qmax, rules);
     return candidate;
   }

@@ -17,6 +17,9 @@ from fastflat.audit._facts import Facts, streams
 FLAGS = ("-std=c++20", "-O3", "-fmad=false")
 
 _TYPES = {"fastflat::BFloat16": "bf16", "fastflat::Half": "fp16", "float": "fp32", "double": "fp64"}
+#: Values of enumerations among template arguments, as the demangler writes them.
+_FORMS = ("full", "plain", "chained")
+_FORM = re.compile(r"\((?:fastflat::)?GridForm\)(\d)")
 _TUPLE = re.compile(r"TupleOf<std::integer_sequence<unsigned long(?:, \d+ul)*>(?:, )?([^<>]*?(?:<[^<>]*>[^<>]*?)*)\s*>")
 
 
@@ -90,7 +93,8 @@ def readable(mangled: str) -> str:
     if tool is None:
         return mangled
     text = subprocess.run([tool, mangled], capture_output=True, text=True, check=True).stdout.strip()
-    text = text.replace("(anonymous namespace)::", "").removeprefix("void ").split("(")[0]
+    text = text.replace("(anonymous namespace)::", "").removeprefix("void ")
+    text = _FORM.sub(lambda found: _FORMS[int(found[1])], text).split("(")[0]
     text = re.sub(r"\b(fastflat::)?cuda::", "", text)
     for long, short in _TYPES.items():
         text = re.sub(rf"\b{long}\b", short, text)

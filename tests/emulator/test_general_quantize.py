@@ -50,6 +50,7 @@ NO_ZERO_POINT = rules_of("binary", "inverse", *MINIFLOATS)
 DRAWS = rules_of(*NOISES)
 STATE = torch.tensor([-123456789123456789, 987654321])
 
+ENDS = [(-1, 0), (-4, 0), (0, 1), (1, 3), (-3, -1)]
 EVERY_RULE = [pytest.param(Layout((2, 6, 5, 5), axis=1), *case) for case in itertools.product(PAIRS, RULE_SETS)]
 EVERY_LAYOUT = [
     pytest.param(layout, pair, RULE_SETS[i % len(RULE_SETS)])
@@ -81,6 +82,19 @@ def test_forward(emulated, layout, pair, rules, seed):
     x = data(layout, pair[0], seed)
     args = (x, *arguments(layout, pair[0], rules, seed), pair[1])
     assert same_bits(emulated.general_quantize(*args), reference.general_quantize(*args))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("ends", ENDS, ids=str)
+@pytest.mark.parametrize("rules", [0, *(RULES[name] for name in NOISES[:3])])
+def test_grids_that_end_at_zero_or_beyond(emulated, rules, ends, pair):
+    layout = Layout((2049,))
+    x, gy = data(layout, pair[0], 3) / 8, data(layout, pair[1], 4, special=False)
+    args = (*arguments(layout, pair[0], rules, 3)[:5], *ends, layout.axis, layout.group, TINY, rules)
+    args = (args[0], None, *args[2:])
+    assert same_bits(emulated.general_quantize(x, *args, pair[1]), reference.general_quantize(x, *args, pair[1]))
+    back = (gy, x, *args[:5], None, *args[5:], 0.37, False, False)
+    assert same_bits(emulated.general_quantize_bwd(*back)[0], reference.general_quantize_bwd(*back)[0])
 
 
 @every_case
@@ -134,8 +148,10 @@ def test_backward(emulated, layout, pair, rules, seed):
     no_delta = emulated.general_quantize_bwd(*full, True, False)
     assert same_bits(no_delta[1], gs)
     assert no_delta[3].numel() == 0
-    plain, expected = emulated.general_quantize_bwd(*without, True, True), straight
-    assert same_bits(plain[0], expected)
+    plain = emulated.general_quantize_bwd(*without, True, True)
+    assert same_bits(plain[0], straight)
+    size = sum_over_scale((gy.double() * share.double()).abs(), layout)
+    assert_close_sums(plain[1], reference.general_quantize_bwd(*without, True, False)[1], size)
     assert plain[3].numel() == 0
 
 

@@ -37,6 +37,19 @@ def test_forward(emulated, layout, pair, rules, zero, seed):
     assert same_bits(emulated.fake_quantize(*args), reference.fake_quantize(*args))
 
 
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("ends", [(-1, 0), (-4, 0), (0, 1), (1, 3), (-3, -1)], ids=str)
+def test_grids_that_end_at_zero_or_beyond(emulated, ends, pair):
+    for layout in (Layout((2049,)), Layout((9, 5), axis=1)):
+        x = data(layout, pair[0], 3) / 8
+        scale, _ = parameters(layout, pair[0], 3, False)
+        rest = (*ends, layout.axis, layout.group, TINY, 0)
+        args = (x, scale, None, *rest, pair[1])
+        assert same_bits(emulated.fake_quantize(*args), reference.fake_quantize(*args))
+        back = (data(layout, pair[1], 4, special=False), x, scale, None, *rest, 0.37, False)
+        assert same_bits(emulated.fake_quantize_bwd(*back)[0], reference.fake_quantize_bwd(*back)[0])
+
+
 @every_case
 def test_jvp(emulated, layout, pair, rules, zero, seed):
     x = data(layout, pair[0], seed)

@@ -118,6 +118,14 @@ def test_layouts(layout, dtype):
         check_call(x, scale, zero, gy, ts, tz, (-8, 7, *layout[1:], EPS, rules))
 
 
+@pytest.mark.parametrize("rules", [0, 16, 8 + 32 + 64 + 128])
+@pytest.mark.parametrize("ends", [(-1, 0), (-4, 0), (0, 1), (1, 3), (-3, -1)], ids=str)
+def test_grids_that_end_at_zero_or_beyond(ends, rules):
+    for shape, axis in (((400,), -1), ((9, 5), 1)):
+        x, scale, _, gy, ts, tz = arguments(shape, axis, 0, torch.float32, seed=1)
+        check_call(x / 8, scale, None, gy, ts, tz, (*ends, axis, 0, EPS, rules))
+
+
 @pytest.mark.parametrize("rules", range(256))
 def test_every_combination_of_rules(rules):
     for shape, axis in (((40,), -1), ((9, 5), 1)):

@@ -151,6 +151,17 @@ def test_rules(rules, dtype):
         check_call(place, dtype, rules, zero=i % 2 == 1)
 
 
+@pytest.mark.parametrize("ends", [(-1, 0), (-4, 0), (0, 1), (1, 3), (-3, -1)], ids=str)
+@pytest.mark.parametrize("name", ["stochastic", "uniform", "normal", "away", "nan_passes", "chain", "rectified_chain"])
+def test_grids_that_end_at_zero_or_beyond(name, ends):
+    for place in LAYOUTS[3:5]:
+        (x, scale, *draws), grid = arguments(place, torch.float32, RULE_SETS[name])
+        call = (x / 8, scale, *draws, *ends, *grid[2:])
+        common.assert_same_bits(ops.general_quantize(*call), reference.general_quantize(*call))
+        back = (common.random_data(x.shape, x.dtype, 3), *call[:6], None, *call[6:], 0.3, False, False)
+        common.assert_same_bits(ops.general_quantize_bwd(*back)[0], reference.general_quantize_bwd(*back)[0])
+
+
 @pytest.mark.parametrize("rules", [_R["noise_uniform"], _R["e4m3"], _R["round_away"]])
 def test_cast_in_the_same_pass(rules):
     for stored in (torch.bfloat16, torch.float16):
