@@ -126,6 +126,7 @@ struct Lanes {
 struct Range {
   int64_t begin, end;
 
+  FASTFLAT_HD bool holds(int64_t offset) const { return offset >= begin && offset < end; }
   FASTFLAT_HD bool holds_all(int64_t offset, int count) const { return offset >= begin && offset + count <= end; }
 
   // Which of `count` elements from `offset` on are held, in 32 bits.
@@ -147,10 +148,9 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* from, int64_t offset, R
     memcpy(&pack, raw, sizeof(pack));
     platform::count_read(sizeof(pack));
   } else {
-    const Lanes lanes = valid.lanes(offset, N);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (!lanes.holds(i)) continue;
+      if (!valid.holds(offset + i)) continue;
       pack.v[i] = from[offset + i];
       platform::count_read(sizeof(T));
     }
@@ -174,10 +174,9 @@ __device__ __forceinline__ void store_pack(T* to, int64_t offset, Range valid, c
     for (int w = 0; w < words; ++w) platform::store_16(reinterpret_cast<uint4*>(to + offset) + w, raw[w]);
     platform::count_written(sizeof(pack));
   } else {
-    const Lanes lanes = valid.lanes(offset, N);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (!lanes.holds(i)) continue;
+      if (!valid.holds(offset + i)) continue;
       to[offset + i] = pack.v[i];
       platform::count_written(sizeof(T));
     }
