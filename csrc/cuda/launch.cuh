@@ -236,7 +236,8 @@ __device__ __forceinline__ void store_packs(const TupleOf<std::index_sequence<I.
 //                                            arguments of its element k
 //   auto compact(int64_t channel) const      the group in few registers, for kernels that hold many
 //   static constexpr int blocks_at_once      instead of kBlocksAtOnce; column_blocks_at_once for the kernel that owns
-//                                            columns, which has no limit otherwise
+//                                            columns, and finish_blocks_at_once for the second pass of sums, which have
+//                                            no limit otherwise
 //   static constexpr bool long_body          so many instructions an element that one copy of them serves packs within
 //                                            a scale and packs across scales
 //   bool by_pack() const                     whether packs within a scale may be done at once, in fewer instructions
@@ -260,6 +261,15 @@ template <class F>
 inline constexpr int column_blocks_at_once = [] {
   if constexpr (requires { F::column_blocks_at_once; }) {
     return F::column_blocks_at_once;
+  } else {
+    return 0;
+  }
+}();
+
+template <class F>
+inline constexpr int finish_blocks_at_once = [] {
+  if constexpr (requires { F::finish_blocks_at_once; }) {
+    return F::finish_blocks_at_once;
   } else {
     return 0;
   }

@@ -119,6 +119,7 @@ struct Tangent : Mixed<C> {
 template <class C, int most>
 struct ScaleGradients : Mixed<C> {
   static constexpr int sums = most;
+  static constexpr int finish_blocks_at_once = 4;  // left to itself ptxas spills at 40 registers on sm_100
   C* gs;
 
   ScaleGradients(const Mixture& m, const Geometry& g, void* scale_gradient)

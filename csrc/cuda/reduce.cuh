@@ -250,7 +250,7 @@ struct FinishPlace {
 
 // The second pass over the partial results of each scale.
 template <class F>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, finish_blocks_at_once<F>)
     reduce_finish_kernel(Geometry g, ReducePlan p, F f, int lanes, bool along, const typename F::Compute* partials) {
   __shared__ double of_thread[F::sums][kBlock];
   const FinishPlace place(lanes, along);
