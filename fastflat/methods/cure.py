@@ -289,10 +289,12 @@ def _train(name: str, seed: int, settings: Settings) -> dict[str, float]:
         part: robust.robust_correct(done.model, parts, part, _EPS, robust.pgd_attack(20)).double().mean()
         for part in ("validation", "test")
     }
+    found = lab.measure(done, parts)
     return {
-        **lab.measure(done, parts),
+        **found,
         "robust_accuracy": float(right["test"]),
-        "robust_validation_accuracy": float(right["validation"]),
+        # Robust accuracy alone would choose a dead network for the plain arm: one guess in ten is right.
+        "mean_validation_accuracy": (found["validation_accuracy"] + float(right["validation"])) / 2,
         "input_curvature": _input_curvature(done.model, parts.test),
     }
 
@@ -320,6 +322,7 @@ METHOD = Method(
         summary=(
             "Fashion-MNIST, eps 0.1 of the range of a pixel, a network of two hidden layers; plain training, training"
             " on inputs of 7 steps of PGD, and CURE in both forms, with lengths that rise to 3, with equal passes."
+            " The mean of clean and robust accuracy on validation images is tuned."
         ),
         arms=(_arm("plain", 1), _arm("pgd", _PGD_STEPS + 1), _arm("cure", 5), _arm("cure_unsquared", 5)),
         claims=(
@@ -333,7 +336,7 @@ METHOD = Method(
         full=Settings(passes=5000, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=600, seeds=1, images=1200, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02), "strength": (1.0, 4.0)},
-        tuned_on="robust_validation_accuracy",
+        tuned_on="mean_validation_accuracy",
         figure=Figure("dots", ("test_accuracy", "robust_accuracy"), ("none", "PGD"), "attack", "accuracy"),
     ),
 )

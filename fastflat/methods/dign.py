@@ -320,6 +320,11 @@ METHOD = Method(
         quick=Settings(passes=80, seeds=1, images=1000, test_images=200, batch=32, tune=False),
         grid={"lr": (0.05, 0.1), "smax": (0.6, 1.2)},
         tuned_on="mean_validation_accuracy",
+        tried=(
+            "DiGN's gain here is doubt, not accuracy: its calibration error on corrupted images is 0.089 where"
+            " noise alone leaves 0.137 and plain training 0.159. Noise on a fifth of the elements, as released,"
+            " gives the same doubt and less accuracy."
+        ),
         figure=Figure(
             "lines",
             tuple(f"accuracy_severity_{s}" for s in _SEVERITIES),

@@ -397,6 +397,12 @@ METHOD = Method(
         full=Settings(passes=450, seeds=3, images=4000, test_images=2000, batch=32),
         quick=Settings(passes=40, seeds=1, images=1500, test_images=400, batch=32, tune=False),
         grid={"lr": (0.05, 0.1), "rho": (0.1, 0.5)},
+        tried=(
+            "Networks at radius 0.5 end by saying the largest class alone. From 0.1 downwards tuning takes"
+            " smaller radii until nothing of SAM is left but half of the steps (0.004 for three losses of five)."
+            " Against as many steps of SGD the rarest class's smallest eigenvalue does rise; against as many"
+            " passes SGD has fitted the class and left the saddle without help."
+        ),
         figure=Figure(
             "dots",
             ("test_accuracy", "head_accuracy", "tail_accuracy"),

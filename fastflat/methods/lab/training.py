@@ -92,7 +92,13 @@ def fit(
             x = x if augment is None else augment(x)
             start = time.perf_counter()
             hook.before(step)
-            losses.append(_step(model, opt, hook, x, y))
+            try:
+                losses.append(_step(model, opt, hook, x, y))
+            except ValueError:
+                # An attack refuses a network that gives no numbers any more.
+                if bool(model(x).isfinite().all()):
+                    raise
+                losses.append(math.nan)
             hook.after(step)
             seconds.append(time.perf_counter() - start)
             rates.step()
