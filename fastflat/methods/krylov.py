@@ -85,7 +85,7 @@ def krylov_solve(op: Any, B: Tensor, m: int, damping: float = 0.0) -> KrylovSolu
 
     Exactly m products for every sample, unlike :func:`fastflat.curvature.solve`, which goes on to a tolerance and looks
     at the residuals after each. A space that is complete is left as it is. Of systems that are singular within their
-    space the least c is taken.
+    space the least c is taken. Where a product or b is not finite, x is NaN.
 
     Args:
         op: ``op.matmat(V)`` gives ``H_i v_i`` for the rows of V ``[B, d]``, such as
@@ -107,7 +107,9 @@ def krylov_solve(op: Any, B: Tensor, m: int, damping: float = 0.0) -> KrylovSolu
     A.diagonal(dim1=1, dim2=2).add_(damping * spaces.held)
     right = A.new_zeros(len(B), m + 1, 1)
     right[:, 0] = spaces.length
-    c = torch.linalg.pinv(A, rtol=1e-14) @ right
+    # The decomposition gives up on a batch for the sake of one sample without numbers.
+    lost = ~(A.isfinite().all(2).all(1) & right.isfinite().all(1)[:, 0])[:, None, None]
+    c = (torch.linalg.pinv(A.masked_fill(lost, 0), rtol=1e-14) @ right).masked_fill(lost, torch.nan)
     x = torch.einsum("bjd,bj->bd", V, c[..., 0].to(V.dtype)).to(B.dtype)
     return KrylovSolution(x, torch.linalg.vector_norm((A @ c - right)[..., 0], dim=1).to(B.dtype), m)
 

@@ -68,6 +68,20 @@ def test_complete_spaces_and_rows_of_zeros():
     assert torch.equal(zero.x, torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_without_numbers_leaves_the_others_alone(value):
+    H, b = torch.diag(torch.tensor([1.0, 2.0, 4.0])).double().repeat(3, 1, 1), torch.ones(3, 3).double()
+    alone = krylov_solve(Matrices(H), b, 2)
+    H[1, 0, 0], b[2, 1] = value, value
+    found = krylov_solve(Matrices(H), b, 2)
+    assert torch.equal(found.x[0], alone.x[0])
+    assert bool(found.x[1:].isnan().all())
+    model = network()
+    model[4].weight.data[0, 0] = value
+    with pytest.raises(ValueError, match="gradients must be finite, got NaN or infinity"):
+        second_order_attack(model, some(6, 1, 8, 8).sigmoid(), torch.arange(6) % 3, 0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("confident", [1, 100])
 def test_products_behind_a_piecewise_linear_network(monkeypatch, dtype, confident):
