@@ -379,6 +379,10 @@ METHOD = Method(
         quick=Settings(passes=600, seeds=1, images=1200, test_images=400, tune=False),
         grid={"lr": (0.05, 0.02)},
         tuned_on="robust_validation_accuracy",
+        tried=(
+            "A step on Krylov inputs takes nine passes, one on FGSM's two: at equal passes FGSM makes four times"
+            " the steps and is the most robust arm under either kind of attack, and the most accurate without."
+        ),
         figure=Figure(
             "dots",
             ("test_accuracy", "pgd_accuracy", "krylov_accuracy"),

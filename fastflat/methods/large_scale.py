@@ -429,6 +429,11 @@ METHOD = Method(
         full=Settings(passes=2400, seeds=3, images=10000, test_images=2000),
         quick=Settings(passes=96, seeds=1, images=2000, test_images=400, tune=False),
         grid={"factor": (1.0, 0.1, 0.3, 3.0, 10.0)},
+        tried=(
+            "Tuned over a wide grid, plain SGD takes ten times the small batch's rate at batch 1024 and reaches"
+            " 84.9 %: linear and square-root scaling choose such a rate beforehand and do not pass it. LARS gains"
+            " 0.2 points over it, LAMB 0.5."
+        ),
         figure=Figure("dots", ("train_accuracy", "test_accuracy"), ("training", "test"), "", "accuracy"),
     ),
 )

@@ -598,6 +598,11 @@ METHOD = Method(
         full=Settings(passes=_PASSES, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=160, seeds=1, images=2000, test_images=400, tune=False),
         grid={"lr": (0.05, 0.1), "friction": (0.1, 0.3), "factor": (0.5, 1.0)},
+        tried=(
+            "What is learned needs no trainings of its own: tuning its factor ends at 1, the formula as it"
+            " stands. It is within a point of tuned Adam, and 0.6 points behind SGD tuned over rate and momentum"
+            " in ten trainings."
+        ),
         figure=Figure(
             "dots",
             ("full_eigenvalue", "batch_eigenvalue", "formula_along_spike", "formula_isotropic"),
