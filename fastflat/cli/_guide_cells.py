@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fastflat.methods.lab import verdict
 from fastflat.methods.lab.goals import answers
@@ -74,14 +74,32 @@ def changed(alone: Combination) -> str:
     return getattr(alone, kind)
 
 
+def rows(records: Sequence[Record], kind: str, arms: Collection[str]) -> str:
+    """The lines of the file of runs, counted from 1, with the runs of that kind and those arms: ``3-5, 9``."""
+    lines = [number for number, r in enumerate(records, 1) if r.kind == kind and r.arm in arms]
+    spans: list[list[int]] = []
+    for line in lines:
+        if spans and line == spans[-1][1] + 1:
+            spans[-1][1] = line
+        else:
+            spans.append([line, line])
+    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans) or NONE
+
+
+def runs_of(records: Sequence[Record], goal: Goal, *combinations: Combination) -> str:
+    """The lines with the runs of combinations for a goal."""
+    return rows(records, "run", {key(r.condition, c) for r in goal.readings for c in combinations})
+
+
 def results(records: Sequence[Record], goal: Goal, shown: Sequence[Combination]) -> str:
     """Combinations of a goal, the baseline first: what was measured, and the gain over the baseline."""
-    rows = []
+    found = []
     for combination in shown:
         cells = []
         for reading in goal.readings:
             level = measured(records, reading, combination)
             over = gain(answers.gain(records, goal, reading, combination))
             cells.append(level if combination == shown[0] or level == NONE else f"{level} ({over})")
-        rows.append([str(combination), *cells, str(combination.passes), cost(records, combination)])
-    return table(["combination", *(r.label for r in goal.readings), "passes a step", "a step costs"], rows)
+        lines = runs_of(records, goal, combination)
+        found.append([str(combination), *cells, str(combination.passes), cost(records, combination), lines])
+    return table(["combination", *(r.label for r in goal.readings), "passes a step", "a step costs", "rows"], found)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
 from fastflat.cli import _guide_cells as cells
 from fastflat.methods.lab.goals import answers, search, training
 from fastflat.methods.lab.goals.catalogue import GOALS
-from fastflat.methods.lab.goals.parts import KINDS, LOSSES, OPTIMIZERS, Part
+from fastflat.methods.lab.goals.parts import BASELINE, KINDS, LOSSES, OPTIMIZERS, Part
 from fastflat.methods.lab.goals.search import Search, key
 from fastflat.methods.lab.records import Record
 
@@ -101,8 +102,16 @@ def _tuned(records: Sequence[Record], what: Search) -> str:
         points = {**OPTIMIZERS, **LOSSES}[name].points
         for value, chosen in at.items():
             tried = sorted({point[value] for point in points})
-            rows.append([name, value, f"{chosen:g}", ", ".join(f"{number:g}" for number in tried)])
-    return cells.table(["part", "value", "chosen", "tried"], rows)
+            rows.append(
+                [name, value, f"{chosen:g}", ", ".join(f"{number:g}" for number in tried), _lines(records, name)]
+            )
+    return cells.table(["part", "value", "chosen", "tried", "rows"], rows)
+
+
+def _lines(records: Sequence[Record], name: str) -> str:
+    """The lines with the trainings that tuned a part, all else as in the baseline."""
+    alone = dataclasses.replace(BASELINE, **{"optimizer" if name in OPTIMIZERS else "loss": name})
+    return cells.rows(records, "tune", {r.arm for r in records if search.combination(r.arm) == alone})
 
 
 def _every(records: Sequence[Record], what: Search) -> str:
@@ -117,5 +126,6 @@ def _every(records: Sequence[Record], what: Search) -> str:
             cells.value(metric, values.get(key(condition, combination), {}).get(metric, math.nan))
             for condition, metric in columns
         )
-        rows.append([str(combination), str(combination.passes), *found])
-    return cells.table(["combination", "passes a step", *(titles[column] for column in columns)], rows)
+        lines = cells.rows(records, "search", {key(condition, combination) for condition in what.conditions})
+        rows.append([str(combination), str(combination.passes), *found, lines])
+    return cells.table(["combination", "passes a step", *(titles[column] for column in columns), "rows"], rows)

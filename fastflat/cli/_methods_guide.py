@@ -34,6 +34,9 @@ eigenvalue as it is: mean ± standard error of the differences between runs of o
 What the runs do not speak for is not here, even if it was best in the search. A step costs so many times the
 baseline's.
 """
+_ROWS = """\
+*Rows*, here and below, are the lines of {source} that hold the trainings behind the numbers.
+"""
 _PAIRS = """\
 ## What works well together
 
@@ -85,8 +88,14 @@ search on your machine, `fastflat train --method NAME` takes a method to your da
 """
 
 
-def page(records: Sequence[Record], what: Search) -> tuple[str, dict[str, str]]:
-    """The page, and its figures as SVG by file name. Of a search that is not finished it says how far it is."""
+def page(records: Sequence[Record], what: Search, source: str = "the file of runs") -> tuple[str, dict[str, str]]:
+    """The page, and its figures as SVG by file name. Of a search that is not finished it says how far it is.
+
+    Args:
+        records: in the order of their file.
+        what: was searched.
+        source: the file's name.
+    """
     whole, sections, figures = search.whole(records, what), [], {}
     for name, goal in GOALS.items():
         shown = [c for c in search.finalists(records, goal, what) if _ran(records, goal, c)] if whole else []
@@ -96,7 +105,7 @@ def page(records: Sequence[Record], what: Search) -> tuple[str, dict[str, str]]:
     few = "**Few seeds: this shows that it works, and proves nothing.**"
     parts = [
         _INTRODUCTION + (f"\n{few}" if what.seeds < verdict.LEAST_SEEDS else ""),
-        *(_answers(records, what) if whole else [_unfinished(records, what)]),
+        *(_answers(records, what, source) if whole else [_unfinished(records, what)]),
         *sections,
         _TOGETHER,
         _guide_search.section(records, what, _REPORT),
@@ -118,7 +127,7 @@ def _unfinished(records: Sequence[Record], what: Search) -> str:
     )
 
 
-def _answers(records: Sequence[Record], what: Search) -> list[str]:
+def _answers(records: Sequence[Record], what: Search, source: str) -> list[str]:
     """What to take for which goal, and what works well together."""
     short, together = [], []
     for goal in GOALS.values():
@@ -126,19 +135,22 @@ def _answers(records: Sequence[Record], what: Search) -> list[str]:
         found = answers.recommended(records, goal, what)
         if found in (None, BASELINE):
             words = ["too few runs", cells.NONE] if found is None else ["the baseline", "1.00 x"]
-            short.append([link, words[0], cells.NONE, words[1]])
+            short.append([link, words[0], cells.NONE, words[1], cells.runs_of(records, goal, BASELINE)])
         else:
             gains = [g for g in answers.gains(records, goal, found) if g.seeds]
-            short.append([link, str(found), cells.gains(gains), cells.cost(records, found)])
+            lines = cells.runs_of(records, goal, BASELINE, found)
+            short.append([link, str(found), cells.gains(gains), cells.cost(records, found), lines])
         for best in search.ranking(records, goal, what)[:1]:
             rows = answers.beyond_parts(records, goal, best)
             over = "; ".join(f"{cells.changed(alone)}: {cells.gains(found)}" for alone, found in rows) or cells.NONE
-            together.append([goal.title, str(best), over, _together(rows)])
+            lines = cells.runs_of(records, goal, best, *(alone for alone, _ in rows))
+            together.append([goal.title, str(best), over, _together(rows), lines])
     return [
         _SHORT,
-        cells.table(["goal", "take", "gain over the baseline", "a step costs"], short),
+        cells.table(["goal", "take", "gain over the baseline", "a step costs", "rows"], short),
+        _ROWS.format(source=source),
         _PAIRS,
-        cells.table(["goal", "best combination", "gain over each part alone", "answer"], together),
+        cells.table(["goal", "best combination", "gain over each part alone", "answer", "rows"], together),
         _SEARCHED,
         _guide_search.pairs(records, what),
     ]

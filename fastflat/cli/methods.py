@@ -241,7 +241,7 @@ def guide(quick: bool, runs: Path | None, markdown: Path) -> None:
         raise ValueError(f"methods: --runs must be a file of runs, got {path}; fastflat methods goals makes it")
     _writable(markdown)
     records = read(path)
-    text, figures = _methods_guide.page(records, search.QUICK if quick else search.FULL)
+    text, figures = _methods_guide.page(records, search.QUICK if quick else search.FULL, f"`{path.as_posix()}`")
     folder = markdown.parent / _methods_markdown.FIGURES
     if figures:
         folder.mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ AGAIN = f"; fastflat methods guide --runs {RUNS.relative_to(ROOT)} --markdown do
 
 
 def test_the_committed_page_is_drawn_from_the_committed_runs():
-    page, figures = _methods_guide.page(read(RUNS), search.FULL)
+    page, figures = _methods_guide.page(read(RUNS), search.FULL, f"`{RUNS.relative_to(ROOT)}`")
     assert (ROOT / "docs" / "methods-guide.md").read_text() == page, "the page is old" + AGAIN
     for name in figures:
         assert (ROOT / "docs" / "figures" / name).is_file(), f"no {name}" + AGAIN
@@ -40,6 +40,12 @@ def test_without_runs_no_number_is_said():
     assert not re.search(r"\d %\W*\||±|\*\*Take", page)
     for goal in GOALS.values():
         assert f"## {goal.title}\n" in page
+
+
+def numbers(cell):
+    """The lines that a cell names: ``3-5, 9``."""
+    spans = [tuple(map(int, span.split("-"))) for span in re.findall(r"\d+(?:-\d+)?", cell)]
+    return {i for span in spans for i in range(span[0], span[-1] + 1)}
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +69,28 @@ def test_the_page_says_what_the_runs_give(records, monkeypatch):
     gains = ", ".join(f"{bits} bits **+6.5 ± 0.0**" for bits in (8, 4, 3, 2))
     title = "Accuracy at the width it is trained at"
     link = f"[{title}](#accuracy-at-the-width-it-is-trained-at)"
-    assert f"| {link} | tempered + sam + dign | {gains} | 4.00 x |" in lines
+
+    def rows(kind, condition, *combinations):
+        """Lines of the file, which the page must name."""
+        arms = {f"{condition}: {c}" for c in combinations}
+        return [i for i, r in enumerate(records, 1) if r.kind == kind and r.arm in arms]
+
+    (short,) = (line for line in lines if line.startswith(f"| {link} | tempered + sam + dign | {gains} | 4.00 x | "))
+    conditions = ("bits8", "bits4", "clean", "bits2")
+    wanted = {i for c in conditions for i in rows("run", c, "tempered + sam + dign", "lsq + sgd + none")}
+    assert numbers(short.split(" | ")[-1]) == wanted
     over = "tempered: **+4.5 ± 0.0**; sam: **+3.5 ± 0.0**; dign: **+5.5 ± 0.0**"
-    assert f"| {title} | tempered + sam + dign | {over} | together |" in lines
-    assert "| [A flat minimum](#a-flat-minimum) | lsq + gadam + none | **-5 ± 0** | 1.00 x |" in lines
-    assert "| tempered + sgd + none | – | – | 82.0 % (**+2.0 ± 0.0**) | – | 1 | 1.00 x |" in lines
+    assert any(line.startswith(f"| {title} | tempered + sam + dign | {over} | together | ") for line in lines)
+    flat = "| [A flat minimum](#a-flat-minimum) | lsq + gadam + none | **-5 ± 0** | 1.00 x | "
+    assert any(line.startswith(flat) for line in lines)
+    (alone,) = {line for line in lines if line.startswith("| tempered + sgd + none | – | – | 82.0 % (**+2.0 ± 0.0**)")}
+    assert numbers(alone.split(" | ")[-1]) == set(rows("run", "clean", "tempered + sgd + none"))
+    (searched,) = (line for line in lines if line.startswith("| tempered + sgd + none | 1 | "))
+    assert set(rows("search", "clean", "tempered + sgd + none")) < numbers(searched.split(" | ")[-1])
     assert "**Take tempered + sam + dign** (lr 0.05, rho 0.2, smax 0.6): it gains" in page
-    assert "| sgd | lr | 0.1 | 0.025, 0.05, 0.1, 0.2 |" in lines
-    assert "| sam | rho | 0.2 | 0.05, 0.2 |" in lines
+    tuned = {tuple(line.split(" | ")[:4]): numbers(line.split(" | ")[-1]) for line in lines if line.count(" | ") == 4}
+    assert tuned["| sgd", "lr", "0.1", "0.025, 0.05, 0.1, 0.2"] == set(rows("tune", "clean", "lsq + sgd + none"))
+    assert tuned["| sam", "rho", "0.2", "0.05, 0.2"] == set(rows("tune", "clean", "lsq + sam + none"))
     assert set(figures) == {f"goal-{name}.svg" for name in GOALS}
     assert all(f"(figures/{name})" in page for name in figures)
     assert "tempered + sam + dign, 4.00 x" in figures["goal-cost.svg"]
