@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastflat.cli._methods_report import ANSWERS, Entry, chosen, cost, machines, sentences
+from fastflat.methods.lab import study
 
 #: Between these a page has the short table.
 MARKS = ("<!-- methods: start -->\n", "<!-- methods: end -->")
@@ -19,7 +21,8 @@ _INTRODUCTION = """\
 Drawn by `fastflat methods report`; do not edit. Each paper's claim, put to a test that two processor cores can run:
 real data, small networks, all arms with equal budgets of forward-backward passes and equal tuning ([how an experiment
 decides](methods.md#how-an-experiment-decides)). What does not show at this size may show at the paper's. Mean ±
-standard deviation over seeds.
+standard deviation over seeds. Every training is a line of the file that the method names, in the folder of runs: of the
+project's own page `benchmarks/results/methods`.
 """
 
 
@@ -78,7 +81,7 @@ def page(entries: Sequence[Entry]) -> tuple[str, dict[str, str]]:
             "\n".join(f"- {_cell(line)}" for line in [*sentences(entry.findings), *chosen(entry), *cost(entry)]),
             f"**Answer: {answer(entry)}.** {experiment.tried}".strip(),
             f"![{m.name}: {experiment.figure.ylabel or ', '.join(experiment.figure.metrics)}]({FIGURES}/{m.name}.svg)",
-            f"Machine: {'; '.join(machines(entry))}.",
+            f"Runs: `{study.file(Path(), m.name, entry.quick).name}`. Machine: {'; '.join(machines(entry))}.",
         ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n", figures
 
