@@ -102,10 +102,10 @@ def entries(folder: Path) -> list[Entry]:
     """All methods with what the folder holds of them."""
     found = []
     for method in registry.methods():
-        records = study.read(study.file(folder, method.name, quick=False))
+        records = study.runs(method, study.file(folder, method.name, quick=False))
         quick = not records
         if quick:
-            records = study.read(study.file(folder, method.name, quick=True))
+            records = study.runs(method, study.file(folder, method.name, quick=True))
         found.append(Entry(method, records, quick, study.read(study.profile_file(folder, method.name))))
     return found
 

@@ -331,17 +331,17 @@ def _layers(model: nn.Module, skip: tuple[str, ...]) -> dict[str, nn.Module]:
 class _Hook(Hook):
     """CSQ in a training loop, first and last layer in floats."""
 
-    def __init__(self, planes: int = 8, target: float = 4.0, adapt: bool = True) -> None:
+    def __init__(self, planes: int = 8, target: float = 4.0, adapt: bool = True, strength: float = 100.0) -> None:
         self.options = {"planes": planes, "target": target}
-        self.adapt, self.layers = adapt, {}
+        self.adapt, self.strength, self.layers = adapt, strength, {}
 
     def prepare(self, model: nn.Module) -> None:
         self.csq = CSQ(model, **self.options, skip=ends(model))
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
         self.steps = max(steps, 1)
-        # A gate shall cross 0 within the run; the published 117 in all makes one of so few steps overshoot.
-        self.csq.strength = 30.0 / self.steps
+        # In all as much as published: 1e-3 in each of 117 000 steps.
+        self.csq.strength = self.strength / self.steps
         if not self.adapt:
             self.csq.fix()
 
@@ -448,7 +448,12 @@ def _train(name: str, seed: int, settings: Settings) -> dict[str, float]:
         return SGD(groups, lr=lr, momentum=0.9)
 
     if name != "lsq":
-        hook = _Hook(_PLANES if name == "csq" else _TARGET, float(_TARGET), adapt=name == "csq")
+        # What an arm reads is tuned for it.
+        hook = (
+            _Hook(_PLANES, float(_TARGET), strength=settings.choice["strength"])
+            if name == "csq"
+            else _Hook(_TARGET, float(_TARGET), adapt=False)
+        )
     done = lab.fit(net, make, parts.train, settings.steps, seed, batch=settings.batch, hook=hook)
     found = lab.measure(done, parts)
     if hook is not None:
@@ -491,11 +496,12 @@ METHOD = Method(
         ),
         full=Settings(passes=1200, seeds=3, images=6000, test_images=2000),
         quick=Settings(passes=200, seeds=1, images=640, test_images=400, tune=False),
-        grid={"lr": (0.05, 0.02, 0.1)},
+        grid={"lr": (0.05, 0.02, 0.1), "strength": (100.0, 30.0)},
         tried=(
-            "CSQ's gates have 1200 passes to grow and be pruned in. Its seeds differ more than any other arm's, 80"
-            " to 84 % on test images and 88 to 99 % on training images; one width for all planes from the start ends"
-            " at 99.7 % in each."
+            "The penalty's strength is tuned: in all 100, near the published 117, serves better than 30 or 333."
+            " With 1200 passes to grow and be pruned in, CSQ's seeds differ more than any other arm's, 80 to 84 %"
+            " on test images and 89 to 96 % on training images; one width for all planes from the start ends at"
+            " 99.7 % in each."
         ),
         figure=Figure(
             "dots", ("test_accuracy", "validation_accuracy"), ("test", "validation"), ylabel="accuracy at 2 planes"

@@ -383,7 +383,7 @@ class _SearchHook(Hook):
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
         self.model, self.optimizer, self.steps = model, optimizer, max(steps, 1)
         if self.name == "csq":
-            self.soft.strength = 30.0 / self.steps
+            self.soft.strength = 100.0 / self.steps
 
     def before(self, step: int) -> None:
         if self.name == "csq":

@@ -43,6 +43,18 @@ def test_finished_runs_are_not_trained_again(tmp_path):
     assert len(study.read(path)) == 16
 
 
+def test_runs_that_were_tuned_by_another_metric_are_refused(tmp_path):
+    method, _ = make()
+    path = tmp_path / "a.jsonl"
+    list(study.run(method, method.experiment.full, path))
+    other = dataclasses.replace(method, experiment=dataclasses.replace(method.experiment, tuned_on="margin"))
+    before = path.read_bytes()
+    for again in (lambda: list(study.run(other, method.experiment.full, path)), lambda: study.runs(other, path)):
+        with pytest.raises(ValueError, match=f"must hold runs of {method.name} tuned by margin, got others"):
+            again()
+    assert path.read_bytes() == before
+
+
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path):
     method, _ = make()
     path = tmp_path / "a.jsonl"

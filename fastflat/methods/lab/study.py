@@ -95,6 +95,21 @@ def size(experiment: Experiment, settings: Settings) -> int:
     return len(experiment.arms) * (tuning + settings.seeds)
 
 
+def runs(method: Method, path: Path) -> list[Record]:
+    """What a file of runs holds, after a look at whether today's experiment tunes by a metric that they have.
+
+    Raises:
+        ValueError: it tunes by another one, or the file is none of runs.
+    """
+    found, metric = read(path), method.experiment.tuned_on
+    if any(r.kind == "tune" and metric not in r.metrics for r in found):
+        raise ValueError(
+            f"methods: {path} must hold runs of {method.name} tuned by {metric}, got others; move it away, or choose"
+            " another folder"
+        )
+    return found
+
+
 def run(
     method: Method, settings: Settings, path: Path, before: Callable[[str], object] = lambda text: None
 ) -> Iterator[Record]:
@@ -115,6 +130,7 @@ def run(
     """
     experiment = method.experiment
     kept = Kept(path, fingerprint(experiment, settings))
+    runs(method, path)
     trained: list[tuple[str, str, int, dict[str, float], dict[str, float]]] = []
 
     def metrics_of(kind: str, arm: Arm, seed: int, choice: dict[str, float]) -> dict[str, float]:
